@@ -1,0 +1,284 @@
+"""Counts in, figures out: every figure of `aspo eval` as a function of sums of per-item counts.
+
+An *item* (one image) is reduced to a flat dict of counts. A figure is computed from the **sums** of those counts over
+items, so that a micro rate is one division and a bootstrap resamples its numerator and denominator together.
+docs/evaluation.md defines each figure. Nothing here knows a model, an image or a file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Counts = dict[str, float]
+Sums = Mapping[str, np.ndarray]  # count name -> () or (resamples,) float64
+
+YES_NO_SPLITS = ("random", "popular", "adversarial")
+STRATA = {
+    "consistent": "objects that look as usual",
+    "violating": "objects that break the prior",
+    "held_out": "held-out shape-colour pairs",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure: `compute` maps sums of the counts named in `needs` to its value; NaN where its denominator is 0."""
+
+    name: str
+    label: str
+    needs: tuple[str, ...]
+    compute: Callable[[Sums], np.ndarray]
+    better: str  # "lower", "higher" or "" where neither is better as such
+    percent: bool = True
+
+
+def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    numerator, denominator = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
+    return np.divide(numerator, denominator, out=np.full(denominator.shape, np.nan), where=denominator != 0)
+
+
+def _ratio(name: str, label: str, top: str, bottom: str, better: str = "", percent: bool = True) -> Figure:
+    return Figure(name, label, (top, bottom), lambda s: _divide(s[top], s[bottom]), better, percent)
+
+
+def _claim_f1(s: Sums) -> np.ndarray:
+    precision, recall = _divide(s["true_facts"], s["distinct_claims"]), _divide(s["true_facts"], s["stateable"])
+    return _divide(2 * precision * recall, precision + recall)
+
+
+def _yes_no(split: str) -> list[Figure]:
+    asked, right, yes = f"{split}_asked", f"{split}_right", f"{split}_said_yes"
+    hit, false_yes, missed = f"{split}_yes_hit", f"{split}_yes_false", f"{split}_yes_missed"
+
+    def f1(s: Sums) -> np.ndarray:
+        return _divide(2 * s[hit], 2 * s[hit] + s[false_yes] + s[missed])
+
+    return [
+        _ratio(f"yes_no_accuracy_{split}", f"yes/no accuracy, {split}", right, asked, "higher"),
+        Figure(f"yes_no_f1_{split}", f"yes/no F1, {split}", (hit, false_yes, missed), f1, "higher"),
+        _ratio(f"yes_ratio_{split}", f"yes-ratio, {split}", yes, asked),
+        _ratio(f"yes_no_unanswered_{split}", f"neither yes nor no, {split}", f"{split}_unanswered", asked, "lower"),
+    ]
+
+
+FIGURES: tuple[Figure, ...] = (
+    _ratio("hallucinated_sentences", "hallucinated sentences", "false_sentences", "checkable_sentences", "lower"),
+    _ratio("hallucinated_sentences_per_item", "the same, mean per item", "item_rate", "items_with_rate", "lower"),
+    _ratio("shr", "false / all sentences (SHR-like)", "false_sentences", "sentences", "lower"),
+    _ratio("false_claims_per_item", "false claims per item", "false_claims", "judged_items", "lower", percent=False),
+    _ratio("coverage", "coverage (claim recall)", "true_facts", "stateable", "higher"),
+    _ratio("claim_precision", "claim precision", "true_facts", "distinct_claims", "higher"),
+    Figure("claim_f1", "claim F1", ("true_facts", "distinct_claims", "stateable"), _claim_f1, "higher"),
+    *(
+        _ratio(f"false_claims_{name}", f"false claims, {label}", f"false_{name}", f"claims_{name}", "lower")
+        for name, label in STRATA.items()
+    ),
+    _ratio("minimal_pair_accuracy", "minimal-pair accuracy", "pairs_right", "pairs", "higher"),
+    _ratio(
+        "minimal_pair_accuracy_prior",
+        "minimal pairs, prior's value against",
+        "prior_pairs_right",
+        "prior_pairs",
+        "higher",
+    ),
+    _ratio("chair_i", "CHAIR_i (absent / objects named)", "objects_absent", "objects_named", "lower"),
+    _ratio("chair_s", "CHAIR_s (answers with one)", "answers_with_absent", "object_answers", "lower"),
+    _ratio("object_coverage", "object coverage", "objects_found", "objects_true", "higher"),
+    *(figure for split in (*YES_NO_SPLITS, "all") for figure in _yes_no(split)),
+    _ratio("tokens", "tokens per answer", "tokens", "answers", percent=False),
+    _ratio("sentences_per_answer", "sentences per answer", "sentences", "sentence_answers", percent=False),
+    _ratio("unparseable", "unparseable sentences", "unparseable_sentences", "sentences", "lower"),
+    _ratio("duplicate", "duplicate sentences", "duplicate_sentences", "sentences", "lower"),
+    _ratio("empty", "empty answers", "empty_answers", "answers", "lower"),
+    _ratio("eos", "answers that end by themselves", "eos_answers", "answers", "higher"),
+)
+BY_NAME = {figure.name: figure for figure in FIGURES}
+
+
+def available(counted: Iterable[str]) -> list[Figure]:
+    """The figures whose counts are all among `counted`."""
+    counted = set(counted)
+    return [figure for figure in FIGURES if counted.issuperset(figure.needs)]
+
+
+def summarise(items: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
+    """Figures over items' counts; a figure nobody counted is left out, one with an empty denominator is None."""
+    sums: dict[str, np.ndarray] = {}
+    for counts in items:
+        for name, value in counts.items():
+            sums[name] = sums.get(name, np.zeros(())) + value
+    values = {figure.name: float(figure.compute(sums)) for figure in available(sums)}
+    return {name: None if np.isnan(value) else value for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class JudgedClaim:
+    """One claim of an answer. `sentence` is the sentence's number; claims of one `fact` key say the same thing."""
+
+    sentence: int
+    verdict: str  # "true", "false" or "unparseable"
+    fact: object = None  # hashable, compared for equality only
+    strata: tuple[str, ...] = ()  # of STRATA
+    named: object = None  # the object named, if the claim names one (hashable)
+    named_present: bool = True
+
+
+def claim_counts(claims: Sequence[JudgedClaim], sentences: Sequence[str], stateable: int, objects_true: int) -> Counts:
+    """Counts of one judged answer.
+
+    Args:
+        claims: what the judge found. A sentence is checkable if it has a claim that is true or false, hallucinated if
+            it has a false one, unparseable if it has no checkable claim at all.
+        sentences: the answer's sentences, stripped and not empty, for the length and the duplicates.
+        stateable: number of distinct true facts an answer could have stated.
+        objects_true: number of objects of the scene.
+    """
+    known = [claim for claim in claims if claim.verdict in ("true", "false")]
+    false = [claim for claim in known if claim.verdict == "false"]
+    checkable = {claim.sentence for claim in known}
+    false_sentences = {claim.sentence for claim in false}
+    true_facts = {claim.fact for claim in known if claim.verdict == "true"}
+    named = [claim for claim in known if claim.named is not None]
+    absent = [claim for claim in named if not claim.named_present]
+    counts: Counts = {
+        "judged_items": 1,
+        "sentences": len(sentences),
+        "sentence_answers": 1,
+        "checkable_sentences": len(checkable),
+        "false_sentences": len(false_sentences),
+        "item_rate": len(false_sentences) / len(checkable) if checkable else 0.0,
+        "items_with_rate": int(bool(checkable)),
+        "false_claims": len(false),
+        "true_facts": len(true_facts),
+        "distinct_claims": len(true_facts) + len({claim.fact for claim in false}),
+        "stateable": stateable,
+        "unparseable_sentences": len(sentences) - len(checkable),
+        "duplicate_sentences": len(sentences) - len({_normal(sentence) for sentence in sentences}),
+    }
+    for stratum in STRATA:
+        inside = [claim for claim in known if stratum in claim.strata]
+        counts[f"claims_{stratum}"] = len(inside)
+        counts[f"false_{stratum}"] = sum(claim.verdict == "false" for claim in inside)
+    present = {claim.named for claim in named if claim.named_present}
+    return counts | _object_counts(len(named), len(absent), len(present), objects_true)
+
+
+def _normal(sentence: str) -> str:
+    return re.sub(r"\W+", " ", sentence.casefold()).strip()
+
+
+def _object_counts(named: int, absent: int, found: int, true: int) -> Counts:
+    return {
+        "objects_named": named,
+        "objects_absent": absent,
+        "object_answers": 1,
+        "answers_with_absent": int(absent > 0),
+        "objects_found": found,
+        "objects_true": true,
+    }
+
+
+def answer_counts(text: str, tokens: int, ended: bool | None) -> Counts:
+    """Counts of any generated answer: `tokens` without padding, `ended` by an end-of-text token (None: unknown)."""
+    counts: Counts = {"answers": 1, "tokens": tokens, "empty_answers": int(not text.strip())}
+    return counts if ended is None else counts | {"eos_answers": int(ended)}
+
+
+def yes_no(text: str) -> str | None:
+    """ "yes" or "no", whichever word comes first in an answer; None if neither does (never right)."""
+    found = re.search(r"\b(yes|no)\b", text.casefold())
+    return found.group(1) if found else None
+
+
+def yes_no_counts(answers: Sequence[tuple[str, str, str]]) -> Counts:
+    """Counts of yes/no questions, each given as (split, truth, generated text); the split "all" holds every question.
+
+    Raises ValueError for a truth that is neither "yes" nor "no".
+    """
+    counts: Counts = {}
+    for split, truth, text in answers:
+        if truth not in ("yes", "no"):
+            raise ValueError(f'the answer of a yes/no question is {truth!r}; it must be "yes" or "no"')
+        said = yes_no(text)
+        for name in {split, "all"}:
+            marks = {
+                "asked": True,
+                "right": said == truth,
+                "said_yes": said == "yes",
+                "yes_hit": said == truth == "yes",
+                "yes_false": said == "yes" != truth,
+                "yes_missed": truth == "yes" != said,
+                "unanswered": said is None,
+            }
+            for mark, holds in marks.items():
+                counts[f"{name}_{mark}"] = counts.get(f"{name}_{mark}", 0) + int(holds)
+    return counts
+
+
+def minimal_pair_counts(margins: Sequence[float], against_prior: Sequence[bool]) -> Counts:
+    """Counts of minimal pairs: `margins` = log p(true sentence) - log p(false one), a tie is not right;
+    `against_prior` marks the pairs whose false sentence states what the language prior expects."""
+    prior = [margin for margin, flag in zip(margins, against_prior, strict=True) if flag]
+    return {
+        "pairs": len(margins),
+        "pairs_right": sum(margin > 0 for margin in margins),
+        "prior_pairs": len(prior),
+        "prior_pairs_right": sum(margin > 0 for margin in prior),
+    }
+
+
+class ObjectVocabulary:
+    """Object names and their synonyms, found in text as CHAIR does: whole words, longest phrase first, plurals too.
+
+    One object a line: `name, synonym, synonym`; empty lines and lines that start with # are skipped.
+    """
+
+    def __init__(self, lines: Iterable[str]):
+        self.canonical: dict[str, str] = {}
+        for number, line in enumerate(lines, start=1):
+            names = [" ".join(part.split()).casefold() for part in line.split(",") if part.strip()]
+            if not names or line.lstrip().startswith("#"):
+                continue
+            for name in names:
+                if self.canonical.setdefault(name, names[0]) != names[0]:
+                    raise ValueError(
+                        f"object vocabulary, line {number}: {name!r} already belongs to {self.canonical[name]!r}; "
+                        "list it once"
+                    )
+        if not self.canonical:
+            raise ValueError("the object vocabulary is empty; write one object a line: name, synonym, synonym")
+        for name, canonical in list(self.canonical.items()):
+            for plural in _plurals(name):
+                self.canonical.setdefault(plural, canonical)
+        phrases = sorted(self.canonical, key=len, reverse=True)
+        self.pattern = re.compile(r"\b(" + "|".join(map(re.escape, phrases)) + r")\b")
+
+    def name(self, word: str) -> str:
+        """The canonical name of a true object. Raises ValueError if the vocabulary lacks it."""
+        word = " ".join(word.split()).casefold()
+        if word not in self.canonical:
+            raise ValueError(
+                f"object {word!r} is not in the object vocabulary; add it or a line that lists it as a synonym"
+            )
+        return self.canonical[word]
+
+    def mentions(self, text: str) -> list[str]:
+        """Canonical names of the objects named in `text`, in order, repeats kept."""
+        return [self.canonical[found] for found in self.pattern.findall(" ".join(text.split()).casefold())]
+
+
+def _plurals(name: str) -> list[str]:
+    plurals = [name + "s", name + "es"]
+    return [*plurals, name[:-1] + "ies"] if name.endswith("y") else plurals
+
+
+def chair_counts(text: str, objects: Iterable[str], vocabulary: ObjectVocabulary) -> Counts:
+    """CHAIR counts of one answer; every mention counts in CHAIR_i, coverage counts each true object once."""
+    true = {vocabulary.name(word) for word in objects}
+    mentions = vocabulary.mentions(text)
+    absent = [name for name in mentions if name not in true]
+    return _object_counts(len(mentions), len(absent), len(true.intersection(mentions)), len(true))
