@@ -1,0 +1,282 @@
+"""SentenceLayout: which tokens count, and how they group into sentences, responses and preference items.
+
+Axes: N counted tokens, S sentences, R responses, B items (pairs), T padded length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class SentenceLayout:
+    """Packed tokens of all responses of a batch, cut into sentences.
+
+    Made on the CPU, in the collator: the contents are checked there, so that nothing later has to wait for a device.
+    A layout made from tensors that are already on an accelerator is checked for shapes and dtypes only; call
+    `validate()` to check its contents too (that waits for the device).
+
+    Args:
+        targets: (N,) int64, the counted tokens, response after response.
+        hidden_index: (N,) int64, the row of the flattened hidden states that predicts target n. Duplicates are
+            allowed: with a shared prefix the prompt's last token predicts the first token of two responses.
+        sentence_offsets: (S+1,) int64 over tokens; sentence s holds tokens `offsets[s]:offsets[s+1]`, at least one.
+        response_offsets: (R+1,) int64 over sentences; response r holds sentences `offsets[r]:offsets[r+1]`.
+        group: (R,) int64, the item of each response, 0..B-1.
+        role: (R,) int64, 0 = chosen, 1.. = the others (rejected, further negatives).
+        perplexity_mask: (N,) bool or None, tokens that a sentence's perplexity averages over. EOS belongs to the
+            last sentence's log-ratio but not to its perplexity. None = all of them.
+    """
+
+    targets: Tensor
+    hidden_index: Tensor
+    sentence_offsets: Tensor
+    response_offsets: Tensor
+    group: Tensor
+    role: Tensor
+    perplexity_mask: Tensor | None = None
+
+    # Derived once, on the layout's device: index tensors that the losses use.
+    num_items: int = field(init=False, default=-1)
+    empty_responses: tuple[tuple[int, int], ...] = field(init=False, default=())  # (item, role) of each empty one
+    role_responses: tuple[Tensor | None, ...] = field(init=False, repr=False, default=())  # see with_role
+    chosen_sentences: Tensor = field(init=False, repr=False)  # (S_chosen,) in packed order
+
+    def __post_init__(self) -> None:
+        _check_shapes(self)
+        if self.targets.device.type == "cpu":
+            self.validate()
+        # One look at the contents here, on the host, so that no loss has to look again on a device.
+        device, role, group = self.targets.device, self.role.cpu(), self.group.cpu()
+        lengths = self.response_offsets.cpu().diff()
+        num_items = int(group.max()) + 1 if group.numel() else 0
+        rows_of = [torch.nonzero(role == k).flatten() for k in range(int(role.max()) + 1 if role.numel() else 0)]
+        in_item_order = [rows[torch.argsort(group[rows])] for rows in rows_of]
+        one_per_item = [torch.equal(group[rows], torch.arange(num_items)) for rows in in_item_order]
+        empty = torch.nonzero(lengths == 0).flatten().tolist()
+        derived = {
+            "num_items": num_items,
+            "empty_responses": tuple((int(group[r]), int(role[r])) for r in empty),
+            "role_responses": tuple(
+                rows.to(device) if one else None for rows, one in zip(in_item_order, one_per_item, strict=True)
+            ),
+            "chosen_sentences": torch.nonzero(torch.repeat_interleave(role == 0, lengths)).flatten().to(device),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def num_tokens(self) -> int:
+        """N, counted tokens."""
+        return self.targets.numel()
+
+    @property
+    def num_sentences(self) -> int:
+        """S, sentences of all responses."""
+        return self.sentence_offsets.numel() - 1
+
+    @property
+    def num_responses(self) -> int:
+        """R, responses of all items."""
+        return self.response_offsets.numel() - 1
+
+    @property
+    def response_token_offsets(self) -> Tensor:
+        """(R+1,) offsets of responses over tokens."""
+        return self.sentence_offsets[self.response_offsets]
+
+    def with_role(self, role: int) -> Tensor:
+        """(B,) the response of each item that has `role`; every item must have exactly one."""
+        rows = self.role_responses[role] if role < len(self.role_responses) else None
+        if rows is None and self.num_items:
+            raise ValueError(f"not every item has exactly one response of role {role}, which this objective needs")
+        return self.targets.new_empty(0) if rows is None else rows
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SentenceLayout:
+        """The same layout on another device; nothing is checked or derived again."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> SentenceLayout:
+        """The same layout in pinned host memory (a DataLoader calls this)."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> SentenceLayout:
+        moved = object.__new__(SentenceLayout)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                value = move(value)
+            elif f.name == "role_responses":
+                value = tuple(rows if rows is None else move(rows) for rows in value)
+            object.__setattr__(moved, f.name, value)
+        return moved
+
+    def require_nonempty(self) -> None:
+        """Raise ValueError naming the first pair with an empty response."""
+        if self.empty_responses:
+            item, role = self.empty_responses[0]
+            name = "chosen" if role == 0 else "rejected" if role == 1 else f"role-{role}"
+            raise ValueError(
+                f"pair {item}: its {name} response has no counted token; drop the pair, or check that truncation "
+                f"left some of the response ({len(self.empty_responses)} empty responses in this batch)"
+            )
+
+    def validate(self) -> None:
+        """Check the contents (waits for the device if the layout is on one)."""
+        _check_offsets("sentence_offsets", self.sentence_offsets, self.num_tokens)
+        _check_offsets("response_offsets", self.response_offsets, self.num_sentences)
+        empty = torch.nonzero(self.sentence_offsets.diff() == 0).flatten()
+        if empty.numel():
+            raise ValueError(f"sentence {int(empty[0])} has no token; every sentence needs at least one")
+        for name in ("targets", "hidden_index", "group", "role"):
+            value = getattr(self, name)
+            if value.numel() and int(value.min()) < 0:
+                at = int(value.argmin())
+                raise ValueError(f"{name}[{at}] is {int(value[at])}; it must not be negative")
+        _check_groups(self.group, self.role)
+
+    @classmethod
+    def from_labels(
+        cls,
+        labels: Tensor,
+        sentence_ids: Tensor,
+        eos_token_id: int | None = None,
+        *,
+        group: Tensor | None = None,
+        role: Tensor | None = None,
+    ) -> SentenceLayout:
+        """Layout of a padded batch: chosen rows 0..B-1, then rejected rows B..2B-1.
+
+        Args:
+            labels: (R, T) integers. `labels[r, t]` is the token that `hidden[r, t]` predicts (labels are already
+                shifted), -100 = not counted.
+            sentence_ids: (R, T) integers, read only where the label counts; within a row they count 0, 1, 2.. without
+                gaps and never go backwards.
+            eos_token_id: where given, a counted EOS at the end of a response is left out of its sentence's
+                perplexity (unless it is all the sentence has).
+            group, role: (R,) for other arrangements, e.g. several rejected responses to one prompt.
+
+        Packed order is row-major over counted positions.
+        """
+        if labels.dim() != 2 or sentence_ids.shape != labels.shape:
+            raise ValueError(
+                f"labels and sentence_ids must be (R, T) and alike, got {tuple(labels.shape)} and "
+                f"{tuple(sentence_ids.shape)}"
+            )
+        _check_integer(labels=labels, sentence_ids=sentence_ids)
+        rows, _ = labels.shape
+        if (group is None) != (role is None):
+            raise ValueError("group and role go together: pass both or neither")
+        if group is None or role is None:
+            if rows % 2:
+                raise ValueError(f"labels has {rows} rows: chosen and rejected rows must be equally many")
+            pairs = torch.arange(rows, device=labels.device)
+            group, role = pairs % (rows // 2 or 1), pairs // (rows // 2 or 1)
+
+        counted = labels != IGNORE_INDEX
+        row, column = torch.nonzero(counted, as_tuple=True)
+        ids = sentence_ids[row, column].long()
+        first_of_row = torch.ones_like(row, dtype=torch.bool)
+        first_of_row[1:] = row[1:] != row[:-1]
+        step = torch.where(first_of_row, ids, ids.diff(prepend=ids[:1]))
+        _check_sentence_steps(step, first_of_row, row, column, ids)
+
+        starts = torch.nonzero(first_of_row | (step == 1)).flatten()
+        num_tokens = row.numel()
+        sentence_offsets = torch.cat([starts, starts.new_tensor([num_tokens])])
+        sentences_per_row = torch.bincount(row[starts], minlength=rows)
+        response_offsets = torch.cat([starts.new_zeros(1), sentences_per_row.cumsum(0)])
+        targets = labels[row, column].long()
+        return cls(
+            targets=targets,
+            hidden_index=row * labels.shape[1] + column,
+            sentence_offsets=sentence_offsets,
+            response_offsets=response_offsets,
+            group=group.long(),
+            role=role.long(),
+            perplexity_mask=_without_final_eos(targets, sentence_offsets, response_offsets, eos_token_id),
+        )
+
+
+def _without_final_eos(
+    targets: Tensor, sentence_offsets: Tensor, response_offsets: Tensor, eos_token_id: int | None
+) -> Tensor | None:
+    if eos_token_id is None:
+        return None
+    mask = torch.ones_like(targets, dtype=torch.bool)
+    ends = response_offsets[1:][response_offsets.diff() > 0]  # one past each response's last sentence
+    last_token = sentence_offsets[ends] - 1
+    longer_than_one = sentence_offsets[ends] - sentence_offsets[ends - 1] > 1
+    mask[last_token[(targets[last_token] == eos_token_id) & longer_than_one]] = False
+    return mask
+
+
+def _check_integer(**tensors: Tensor) -> None:
+    for name, value in tensors.items():
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(f"{name} must hold integers, got {value.dtype}")
+
+
+def _check_shapes(layout: SentenceLayout) -> None:
+    for name in ("targets", "hidden_index", "sentence_offsets", "response_offsets", "group", "role"):
+        value = getattr(layout, name)
+        if not isinstance(value, Tensor) or value.dim() != 1 or value.dtype != torch.int64:
+            got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name} must be a 1-D int64 tensor, got {got}")
+        if value.device != layout.targets.device:
+            raise ValueError(f"{name} is on {value.device} but targets on {layout.targets.device}")
+    for name, other in (("hidden_index", "targets"), ("role", "group")):
+        if getattr(layout, name).numel() != getattr(layout, other).numel():
+            raise ValueError(
+                f"{name} has {getattr(layout, name).numel()} entries but {other} {getattr(layout, other).numel()}"
+            )
+    if layout.sentence_offsets.numel() < 1 or layout.response_offsets.numel() < 1:
+        raise ValueError("sentence_offsets and response_offsets need at least the entry 0")
+    if layout.num_responses != layout.group.numel():
+        raise ValueError(f"response_offsets describes {layout.num_responses} responses, group {layout.group.numel()}")
+    mask = layout.perplexity_mask
+    if mask is not None and (mask.shape != layout.targets.shape or mask.dtype != torch.bool):
+        raise ValueError(f"perplexity_mask must be bool {tuple(layout.targets.shape)}, got {mask.dtype} {mask.shape}")
+
+
+def _check_offsets(name: str, offsets: Tensor, total: int) -> None:
+    backwards = torch.nonzero(offsets.diff() < 0).flatten()
+    if backwards.numel():
+        at = int(backwards[0]) + 1
+        raise ValueError(f"{name}[{at}] = {int(offsets[at])} is less than the entry before it")
+    if int(offsets[0]) != 0 or int(offsets[-1]) != total:
+        raise ValueError(f"{name} must run from 0 to {total}, got {int(offsets[0])} to {int(offsets[-1])}")
+
+
+def _check_groups(group: Tensor, role: Tensor) -> None:
+    if not group.numel():
+        return
+    num_items = int(group.max()) + 1
+    chosen = torch.bincount(group[role == 0], minlength=num_items)
+    wrong = torch.nonzero(chosen != 1).flatten()
+    if wrong.numel():
+        item = int(wrong[0])
+        raise ValueError(f"item {item} has {int(chosen[item])} chosen responses (role 0); it needs exactly one")
+
+
+def _check_sentence_steps(step: Tensor, first_of_row: Tensor, row: Tensor, column: Tensor, ids: Tensor) -> None:
+    """The first id of a row must be 0, and every later one the same as before it or one more."""
+    wrong = torch.nonzero(torch.where(first_of_row, step != 0, (step != 0) & (step != 1))).flatten()
+    if not wrong.numel():
+        return
+    n = int(wrong[0])
+    where = f"sentence_ids[{int(row[n])}, {int(column[n])}] = {int(ids[n])}"
+    if bool(first_of_row[n]):
+        raise ValueError(f"{where} is the first counted position of its row; sentence ids start at 0")
+    before = int(ids[n - 1])
+    kind = "goes backwards" if int(step[n]) < 0 else "leaves a gap"
+    raise ValueError(f"{where} {kind} after {before}; ids count 0, 1, 2.. within a row")
+
+
+__all__ = ["IGNORE_INDEX", "SentenceLayout"]

@@ -1,0 +1,241 @@
+"""Objectives: small functions from per-token log-probabilities and a layout to one loss per item.
+
+An objective is plain differentiable torch on a few thousand numbers; the expensive part, the log-probabilities, is the
+same for all of them. Register your own:
+
+    @objectives.register("my_dpo")
+    def my_dpo(x: Inputs, beta: float = 0.1) -> Result:
+        chosen, rejected = x.pair(x.response_logratios)
+        return Result(-F.logsigmoid(beta * (chosen - rejected)), x.reward_stats(beta))
+
+h(y) = sum_t (logp_t - ref_logp_t) is a response's log-ratio, beta * h(y) its implicit reward.
+Axes: N counted tokens, S sentences, R responses, B items.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aspo_kernels.layout import SentenceLayout
+from aspo_kernels.segments import segment_sum
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an objective may look at.
+
+    layout: the tokens' grouping. logps: (N,) policy log-probabilities, differentiable. ref_logps: (N,) the
+    reference's, or None. similarity: (S_chosen,) raw cosine of each chosen sentence with the image, or None.
+    """
+
+    layout: SentenceLayout
+    logps: Tensor
+    ref_logps: Tensor | None = None
+    similarity: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        num_tokens = self.layout.num_tokens
+        for name, value, size in (
+            ("logps", self.logps, num_tokens),
+            ("ref_logps", self.ref_logps, num_tokens),
+            ("similarity", self.similarity, self.layout.chosen_sentences.numel()),
+        ):
+            if value is None:
+                continue
+            if value.shape != (size,) or not value.is_floating_point():
+                raise ValueError(f"{name} must be floating point ({size},), got {value.dtype} {tuple(value.shape)}")
+            if value.device != self.logps.device:
+                raise ValueError(f"{name} is on {value.device} but logps on {self.logps.device}")
+        if self.layout.targets.device != self.logps.device:
+            raise ValueError(
+                f"the layout is on {self.layout.targets.device} but logps on {self.logps.device}: use layout.to(device)"
+            )
+        self.layout.require_nonempty()
+        if self.similarity is not None and self.similarity.device.type == "cpu":
+            bad = torch.nonzero(~torch.isfinite(self.similarity)).flatten()
+            if bad.numel():
+                at = int(bad[0])
+                raise ValueError(f"similarity[{at}] is {float(self.similarity[at])}; score that sentence again")
+
+    @cached_property
+    def token_logratios(self) -> Tensor:
+        """(N,) logp - ref_logp, subtracted per token before anything is summed: sums of each would round first."""
+        if self.ref_logps is None:
+            raise ValueError("this objective needs reference log-probabilities: pass ref_hidden or ref_logps")
+        return self.logps - self.ref_logps.detach()
+
+    @cached_property
+    def sentence_logratios(self) -> Tensor:
+        """(S,) h(s)."""
+        return segment_sum(self.token_logratios, self.layout.sentence_offsets)
+
+    @cached_property
+    def response_logratios(self) -> Tensor:
+        """(R,) h(y)."""
+        return segment_sum(self.token_logratios, self.layout.response_token_offsets)
+
+    @cached_property
+    def response_logps(self) -> Tensor:
+        """(R,) log pi(y)."""
+        return segment_sum(self.logps, self.layout.response_token_offsets)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(R,) counted tokens of each response, in logps' dtype."""
+        return self.layout.response_token_offsets.diff().to(self.logps.dtype)
+
+    def pair(self, per_response: Tensor) -> tuple[Tensor, Tensor]:
+        """(R,) -> the chosen's and the rejected's values, (B,) each."""
+        return per_response[self.layout.with_role(0)], per_response[self.layout.with_role(1)]
+
+    def reward_stats(self, beta: float, margins: Tensor | None = None) -> dict[str, Tensor]:
+        """Detached `chosen_rewards`, `rejected_rewards` (beta * h) and `margins`, (B,) each."""
+        chosen, rejected = (beta * h for h in self.pair(self.response_logratios.detach()))
+        margins = chosen - rejected if margins is None else margins.detach()
+        return {"chosen_rewards": chosen, "rejected_rewards": rejected, "margins": margins}
+
+
+@dataclass(frozen=True)
+class Result:
+    """losses: (B,), differentiable. stats: detached tensors for logging, (B,), (S_chosen,) or scalar."""
+
+    losses: Tensor
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A named objective; call it with Inputs and its options."""
+
+    name: str
+    function: Callable[..., Result]
+    needs_reference: bool
+    options: Mapping[str, Any]  # its keyword options with their defaults
+
+    def __call__(self, inputs: Inputs, **options: Any) -> Result:
+        self.check_options(options)
+        return self.function(inputs, **options)
+
+    def check_options(self, options: Iterable[str]) -> None:
+        """Raise ValueError for an option that this objective does not take."""
+        unknown = sorted(set(options) - set(self.options))
+        if unknown:
+            takes = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+            raise ValueError(f"objective {self.name!r} takes no option {', '.join(unknown)}; it takes {takes}")
+
+
+_REGISTRY: dict[str, Objective] = {}
+
+
+def register(name: str, *, needs_reference: bool = True) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Decorator: make `function(inputs, **options) -> Result` available as `get(name)`."""
+
+    def add(function: Callable[..., Result]) -> Callable[..., Result]:
+        if name in _REGISTRY:
+            raise ValueError(f"an objective named {name!r} is registered already; choose another name")
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+        without = [p.name for p in parameters if p.default is p.empty]
+        if without:
+            raise ValueError(f"objective {name!r}: option {without[0]!r} needs a default value")
+        _REGISTRY[name] = Objective(name, function, needs_reference, {p.name: p.default for p in parameters})
+        return function
+
+    return add
+
+
+def names() -> list[str]:
+    """All registered names, sorted."""
+    return sorted(_REGISTRY)
+
+
+def get(name: str | Objective) -> Objective:
+    """The objective registered under `name` (an Objective is returned as it is)."""
+    if isinstance(name, Objective):
+        return name
+    if name not in _REGISTRY:
+        raise ValueError(f"unknown objective {name!r}; choose one of {', '.join(names())}")
+    return _REGISTRY[name]
+
+
+def options(objective: str | Objective) -> dict[str, Any]:
+    """The keyword options of an objective with their defaults."""
+    return dict(get(objective).options)
+
+
+def needs_reference(objective: str | Objective) -> bool:
+    """Whether an objective reads reference log-probabilities."""
+    return get(objective).needs_reference
+
+
+def weighted_sum(weights: Mapping[str | Objective, float]) -> Objective:
+    """sum_k weight_k * objective_k as one objective, e.g. {"dpo": 1.0, "sft": 0.1} (MPO and its kind).
+
+    An option goes to every member that takes it. Each member's losses are in the stats as `<name>_losses`; where two
+    members report a statistic of the same name, the first one's is kept.
+    """
+    members = [(get(name), float(weight)) for name, weight in weights.items()]
+    if not members:
+        raise ValueError("weighted_sum needs at least one objective")
+    takes = {k: v for member, _ in reversed(members) for k, v in member.options.items()}
+
+    def total(inputs: Inputs, **given: Any) -> Result:
+        losses = inputs.lengths.new_zeros(inputs.layout.num_items)
+        stats: dict[str, Tensor] = {}
+        for member, weight in members:
+            result = member(inputs, **{k: v for k, v in given.items() if k in member.options})
+            losses = losses + weight * result.losses
+            stats = {**result.stats, **stats, f"{member.name}_losses": result.losses.detach()}
+        return Result(losses, stats)
+
+    name = " + ".join(f"{weight:g} {member.name}" for member, weight in members)
+    return Objective(name, total, any(member.needs_reference for member, _ in members), takes)
+
+
+@register("dpo")
+def dpo(x: Inputs, beta: float = 0.1, label_smoothing: float = 0.0) -> Result:
+    """-(1 - e) log sigmoid(m) - e log sigmoid(-m), m = beta (h(y_c) - h(y_r)).  (DPO, arXiv 2305.18290)"""
+    if not 0.0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing is {label_smoothing}; it must be in [0, 0.5)")
+    chosen, rejected = x.pair(x.response_logratios)
+    m = beta * (chosen - rejected)
+    losses = -(1 - label_smoothing) * F.logsigmoid(m) - label_smoothing * F.logsigmoid(-m)
+    return Result(losses, x.reward_stats(beta))
+
+
+@register("ipo")
+def ipo(x: Inputs, beta: float = 0.1) -> Result:
+    """(d - 1 / (2 beta))^2, d = h(y_c) / |y_c| - h(y_r) / |y_r|.  (IPO, arXiv 2310.12036; per token as TRL does)"""
+    if beta <= 0:
+        raise ValueError(f"beta is {beta}; IPO needs beta > 0")
+    chosen, rejected = x.pair(x.response_logratios / x.lengths)
+    return Result((chosen - rejected - 1 / (2 * beta)) ** 2, x.reward_stats(beta))
+
+
+@register("hinge")
+def hinge(x: Inputs, beta: float = 0.1) -> Result:
+    """max(0, 1 - beta (h(y_c) - h(y_r))).  (SLiC-HF, arXiv 2305.10425)"""
+    chosen, rejected = x.pair(x.response_logratios)
+    return Result(torch.relu(1 - beta * (chosen - rejected)), x.reward_stats(beta))
+
+
+@register("simpo", needs_reference=False)
+def simpo(x: Inputs, beta: float = 2.0, gamma: float = 1.0) -> Result:
+    """-log sigmoid(beta (logp(y_c) / |y_c| - logp(y_r) / |y_r|) - gamma).  (SimPO, arXiv 2405.14734)"""
+    chosen, rejected = x.pair(beta * x.response_logps / x.lengths)
+    stats = {"chosen_rewards": chosen, "rejected_rewards": rejected, "margins": chosen - rejected}
+    return Result(-F.logsigmoid(chosen - rejected - gamma), {k: v.detach() for k, v in stats.items()})
+
+
+@register("sft", needs_reference=False)
+def sft(x: Inputs) -> Result:
+    """-logp(y_c) / |y_c|: the chosen response's mean negative log-likelihood per token."""
+    losses = -(x.response_logps / x.lengths)[x.layout.with_role(0)]
+    return Result(losses, {"nll": losses.detach()})
