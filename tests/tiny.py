@@ -10,6 +10,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import aspo  # isort: skip  # noqa: F401  (first: it makes torchvision importable on a CPU torch)
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
