@@ -6,11 +6,25 @@ Needs torch alone. Start with `sentence_dpo_loss`; build your own loss from `lin
 from aspo_kernels import aspo as _aspo  # noqa: F401  registers its objective
 from aspo_kernels import objectives, reference
 from aspo_kernels.layout import SentenceLayout
+from aspo_kernels.linear_logps import linear_logps
+from aspo_kernels.sentence_dpo import (
+    SentenceDPOOutput,
+    gather_hidden,
+    sentence_dpo_loss,
+    sentence_dpo_loss_from_logits,
+)
+from aspo_kernels.token_logps import token_logps
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SentenceDPOOutput",
     "SentenceLayout",
+    "gather_hidden",
+    "linear_logps",
     "objectives",
     "reference",
+    "sentence_dpo_loss",
+    "sentence_dpo_loss_from_logits",
+    "token_logps",
 ]

@@ -44,6 +44,7 @@ class SentenceLayout:
 
     # Derived once, on the layout's device: index tensors that the losses use.
     num_items: int = field(init=False, default=-1)
+    hidden_rows: int = field(init=False, default=0)  # max(hidden_index) + 1
     empty_responses: tuple[tuple[int, int], ...] = field(init=False, default=())  # (item, role) of each empty one
     role_responses: tuple[Tensor | None, ...] = field(init=False, repr=False, default=())  # see with_role
     chosen_sentences: Tensor = field(init=False, repr=False)  # (S_chosen,) in packed order
@@ -62,6 +63,7 @@ class SentenceLayout:
         empty = torch.nonzero(lengths == 0).flatten().tolist()
         derived = {
             "num_items": num_items,
+            "hidden_rows": int(self.hidden_index.max()) + 1 if self.num_tokens else 0,
             "empty_responses": tuple((int(group[r]), int(role[r])) for r in empty),
             "role_responses": tuple(
                 rows.to(device) if one else None for rows, one in zip(in_item_order, one_per_item, strict=True)
@@ -134,6 +136,10 @@ class SentenceLayout:
         empty = torch.nonzero(self.sentence_offsets.diff() == 0).flatten()
         if empty.numel():
             raise ValueError(f"sentence {int(empty[0])} has no token; every sentence needs at least one")
+        if self.perplexity_mask is not None:
+            counted = torch.segment_reduce(self.perplexity_mask.double(), "sum", offsets=self.sentence_offsets)
+            if counted.numel() and float(counted.min()) == 0:
+                raise ValueError(f"perplexity_mask leaves no token of sentence {int(counted.argmin())}")
         for name in ("targets", "hidden_index", "group", "role"):
             value = getattr(self, name)
             if value.numel() and int(value.min()) < 0:

@@ -1,0 +1,68 @@
+"""Checks at the public boundary. Each error names the value and what to do about it.
+
+On an accelerator only what needs no device sync is looked at: shapes, dtypes, devices, options.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "torch", "triton", "reference")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_backend(backend: str, device: torch.device) -> str:
+    """The backend to use on `device`: "torch" or "reference"."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if backend == "triton":
+        raise ValueError("backend='triton' is not part of this version; use backend='auto' or 'torch'")
+    return "torch" if backend == "auto" else backend
+
+
+def check_head(hidden: Tensor, head: Tensor, bias: Tensor | None, name: str = "hidden") -> None:
+    """hidden (N, H), head (V, H), bias (V,) or None: shapes, dtypes and devices."""
+    if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1] or head.shape[0] == 0:
+        raise ValueError(
+            f"{name} must be (N, H) and its head (V, H) with V > 0, got {tuple(hidden.shape)} and {tuple(head.shape)}"
+        )
+    if hidden.dtype not in _FLOATS:
+        raise ValueError(f"{name} is {hidden.dtype}; use float32, bfloat16 or float16")
+    if bias is not None and bias.shape != (head.shape[0],):
+        raise ValueError(f"bias must be ({head.shape[0]},) for this head, got {tuple(bias.shape)}")
+    for other_name, other in (("head", head), ("bias", bias)):
+        if other is None:
+            continue
+        if other.dtype != hidden.dtype:
+            raise ValueError(f"{name} is {hidden.dtype} but its {other_name} {other.dtype}: cast one, or use autocast")
+        if other.device != hidden.device:
+            raise ValueError(f"{name} is on {hidden.device} but its {other_name} on {other.device}")
+
+
+def check_targets(targets: Tensor, size: int, vocabulary: int, device: torch.device, validate: bool = False) -> None:
+    """targets (size,) int64 on `device`; that they lie in [0, vocabulary) on the CPU or with `validate`."""
+    if targets.shape != (size,) or targets.dtype != torch.int64:
+        raise ValueError(f"targets must be ({size},) int64, got {tuple(targets.shape)} {targets.dtype}")
+    if targets.device != device:
+        raise ValueError(f"targets are on {targets.device} but the hidden states or logits on {device}")
+    if size and (validate or device.type == "cpu"):
+        for at in (int(targets.argmin()), int(targets.argmax())):
+            if not 0 <= int(targets[at]) < vocabulary:
+                raise ValueError(
+                    f"targets[{at}] is {int(targets[at])}, outside the vocabulary [0, {vocabulary}); "
+                    "leave uncounted positions (-100) out of the targets"
+                )
+
+
+def check_finite_logps(logps: Tensor, targets: Tensor) -> None:
+    """On the CPU, where looking is free: every log-probability is finite."""
+    if logps.device.type != "cpu" or not logps.numel():
+        return
+    bad = torch.nonzero(~torch.isfinite(logps.detach())).flatten()
+    if bad.numel():
+        at = int(bad[0])
+        raise ValueError(
+            f"the log-probability of token {at} (target {int(targets[at])}) is {float(logps[at])}: its hidden state, "
+            f"the head or the bias holds NaN or inf, or the target is masked ({bad.numel()} such tokens)"
+        )

@@ -1,0 +1,213 @@
+"""`sentence_dpo_loss`: ASPO from hidden states (or from logits) to the loss, in one call.
+
+hidden states -> per-token log-probabilities -> sentence log-ratios -> weighted margin -> loss. The first arrow is
+`linear_logps`, the rest is the objective "aspo".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aspo_kernels.aspo import aspo
+from aspo_kernels.aspo import check_options as check_aspo_options
+from aspo_kernels.layout import SentenceLayout
+from aspo_kernels.linear_logps import linear_logps
+from aspo_kernels.objectives import Inputs
+from aspo_kernels.token_logps import gathered_token_logps
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+@dataclass(frozen=True)
+class SentenceDPOOutput:
+    """What `sentence_dpo_loss` returns; everything but `loss` is detached.
+
+    loss: scalar, or (B,) with reduction="none". margins: (B,) M*. chosen_rewards, rejected_rewards: (B,) plain
+    beta * h. sentence_weights, sentence_logratios: (S_chosen,). logps: (N,). reward_fallback_share: 0-d, the share of
+    chosen responses for which normalizer="reward" fell back to "sentence"; None for the other normalisers.
+    """
+
+    loss: Tensor
+    margins: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    sentence_weights: Tensor
+    sentence_logratios: Tensor
+    logps: Tensor
+    reward_fallback_share: Tensor | None = None
+
+
+def sentence_dpo_loss(
+    hidden: Tensor,
+    head: Tensor,
+    layout: SentenceLayout,
+    *,
+    ref_hidden: Tensor | None = None,
+    ref_head: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    similarity: Tensor | None = None,
+    beta: float = 0.1,
+    alpha: float = 0.5,
+    normalizer: str = "sentence",
+    perplexity: str = "policy",
+    perplexity_scale: str = "ppl",
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    backend: str = "auto",
+    memory_budget: int | None = None,
+    validate: bool = False,
+) -> SentenceDPOOutput:
+    """ASPO's loss: -log sigmoid((R_c / R_c*) sum_i beta (1 + w_i) h(s_i^c) - beta h(y_r)).  (arXiv 2505.19100)
+
+    Args:
+        hidden: (R, T, H) last hidden states of the policy, or (N, H) rows already gathered in the layout's order.
+        head: (V, H) output embedding.
+        layout: which tokens count and how they group; on hidden's device.
+        ref_hidden, ref_head, ref_bias: the reference's hidden states (shaped like `hidden`) and its head, by default
+            the policy's; no gradient ever reaches them. Or
+        ref_logps: (N,) fp32, the reference's log-probabilities from a cache.
+        similarity: (S_chosen,) raw cosine of each chosen sentence with the image, row after row; None = ASPO-P,
+            whatever alpha is.
+        beta: strength of the margin. alpha: share of similarity in the weights, 1 = ASPO-S, 0 = ASPO-P.
+        normalizer: R_c / R_c*: "sentence" K / sum(1 + w), "token", "none", or "reward".
+        perplexity: whose perplexity weighs, "policy" (this step's forward) or "reference".
+        perplexity_scale: "ppl" or "nll" (one outlier flattens "ppl" scores).
+        bias, logit_scale, softcap, temperature, backend, memory_budget, validate: as in `linear_logps`.
+        reduction: over pairs, "mean", "sum" or "none" -> (B,).
+
+    Raises:
+        ValueError: wrong shapes, dtypes, devices or options; an empty chosen or rejected response; on the CPU also
+            targets outside the vocabulary and values that are not finite. Each names the value and the fix.
+
+    With no pairs the loss is a connected zero.
+    """
+    _check_call(reduction, beta, (ref_hidden is None) == (ref_logps is None), "ref_hidden or ref_logps", layout)
+    check_aspo_options(alpha, normalizer, perplexity, perplexity_scale)
+    if ref_logps is not None and (ref_head is not None or ref_bias is not None):
+        raise ValueError("ref_head and ref_bias belong to ref_hidden; with ref_logps leave them out")
+    if validate:
+        layout.validate()
+    head_options: dict[str, Any] = {
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "temperature": temperature,
+        "backend": backend,
+        "memory_budget": memory_budget,
+        "validate": validate,
+    }
+    logps = linear_logps(gather_hidden(hidden, layout), head, layout.targets, bias=bias, **head_options)
+    if ref_hidden is not None:
+        if ref_head is None:
+            ref_head, ref_bias = head, bias if ref_bias is None else ref_bias
+        with torch.no_grad():
+            ref_rows = gather_hidden(ref_hidden, layout, "ref_hidden")
+            ref_logps = linear_logps(ref_rows, ref_head, layout.targets, bias=ref_bias, **head_options)
+    return _loss(
+        layout, logps, ref_logps, similarity, reduction, beta=beta, alpha=alpha, normalizer=normalizer,
+        perplexity=perplexity, perplexity_scale=perplexity_scale,
+    )  # fmt: skip
+
+
+def sentence_dpo_loss_from_logits(
+    logits: Tensor,
+    layout: SentenceLayout,
+    *,
+    ref_logits: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    similarity: Tensor | None = None,
+    beta: float = 0.1,
+    alpha: float = 0.5,
+    normalizer: str = "sentence",
+    perplexity: str = "policy",
+    perplexity_scale: str = "ppl",
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    validate: bool = False,
+) -> SentenceDPOOutput:
+    """`sentence_dpo_loss` for a trainer that has logits already: logits and ref_logits are (R, T, V).
+
+    The other arguments, the result and the errors are `sentence_dpo_loss`'s.
+    """
+    _check_call(reduction, beta, (ref_logits is None) == (ref_logps is None), "ref_logits or ref_logps", layout)
+    check_aspo_options(alpha, normalizer, perplexity, perplexity_scale)
+    if validate:
+        layout.validate()
+    logps = gathered_token_logps(
+        _flat_logits(logits, layout), layout.hidden_index, layout.targets, temperature, validate
+    )
+    if ref_logits is not None:
+        with torch.no_grad():
+            ref_flat = _flat_logits(ref_logits, layout, "ref_logits")
+            ref_logps = gathered_token_logps(ref_flat, layout.hidden_index, layout.targets, temperature)
+    return _loss(
+        layout, logps, ref_logps, similarity, reduction, beta=beta, alpha=alpha, normalizer=normalizer,
+        perplexity=perplexity, perplexity_scale=perplexity_scale,
+    )  # fmt: skip
+
+
+def gather_hidden(hidden: Tensor, layout: SentenceLayout, name: str = "hidden") -> Tensor:
+    """The hidden states that predict the counted tokens: (R, T, H) -> (N, H); (N, H) is returned as it is.
+
+    Indexing, not index_select: its backward sums duplicated rows in a fixed order on every device.
+    """
+    if layout.targets.device != hidden.device:
+        raise ValueError(
+            f"the layout is on {layout.targets.device} but {name} on {hidden.device}: use layout.to(device)"
+        )
+    if hidden.dim() == 2 and hidden.shape[0] == layout.num_tokens:
+        return hidden
+    if hidden.dim() != 3 or hidden.shape[0] * hidden.shape[1] < layout.hidden_rows:
+        raise ValueError(
+            f"{name} must be (R, T, H) with at least {layout.hidden_rows} rows in all, or ({layout.num_tokens}, H) "
+            f"already gathered; got {tuple(hidden.shape)}"
+        )
+    return hidden.flatten(0, 1)[layout.hidden_index]
+
+
+def _flat_logits(logits: Tensor, layout: SentenceLayout, name: str = "logits") -> Tensor:
+    if logits.dim() != 3 or not logits.is_floating_point() or logits.shape[0] * logits.shape[1] < layout.hidden_rows:
+        raise ValueError(
+            f"{name} must be floating point (R, T, V) with at least {layout.hidden_rows} rows in all; got "
+            f"{logits.dtype} {tuple(logits.shape)}"
+        )
+    if layout.targets.device != logits.device:
+        raise ValueError(
+            f"the layout is on {layout.targets.device} but {name} on {logits.device}: use layout.to(device)"
+        )
+    return logits.flatten(0, 1)
+
+
+def _check_call(reduction: str, beta: float, both_or_neither: bool, one_of: str, layout: SentenceLayout) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; choose one of {', '.join(REDUCTIONS)}")
+    if not 0 < beta < float("inf"):
+        raise ValueError(f"beta is {beta}; it must be positive and finite")
+    if both_or_neither:
+        raise ValueError(f"pass exactly one of {one_of}")
+    layout.require_nonempty()
+
+
+def _loss(
+    layout: SentenceLayout,
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    similarity: Tensor | None,
+    reduction: str,
+    **options: Any,
+) -> SentenceDPOOutput:
+    inputs = Inputs(layout, logps, ref_logps, similarity)
+    if layout.num_items == 0:
+        zero = logps.sum()  # of no tokens: a zero that the backward can start from
+        none = logps.detach()
+        return SentenceDPOOutput(zero + none if reduction == "none" else zero, *[none] * 6)
+    result = aspo(inputs, **options)
+    loss = result.losses if reduction == "none" else getattr(result.losses, reduction)()
+    return SentenceDPOOutput(loss=loss, logps=logps.detach(), **result.stats)
