@@ -1,0 +1,128 @@
+"""The native form of a data set: a folder with `rows.jsonl`, one JSON row a line, and `images/` beside it.
+
+Image entries are paths relative to the folder. Lines are only ever appended, so a killed command loses at most the line
+it was writing; whoever appends next cuts that off.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+ROWS_FILE = "rows.jsonl"
+Row = Mapping[str, Any]
+
+
+def row_name(row: Row) -> str:
+    """How errors call a row."""
+    return f"row {row['id']!r}" if row.get("id") is not None else "a row without id"
+
+
+def write_rows(folder: str | Path, rows: Iterable[Row]) -> None:
+    """Write a data set in our native form: rows.jsonl and images/. An existing rows.jsonl is replaced."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / (ROWS_FILE + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(_row_line(folder, row))
+    partial.replace(folder / ROWS_FILE)
+
+
+def append_row(folder: str | Path, row: Row) -> None:
+    """Add one row to a native folder (made if absent); a last line that a kill left unfinished is cut off first."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    append_line(folder / ROWS_FILE, _row_line(folder, row))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file of lines; what a killed writer left behind the last line break is cut off first."""
+    with path.open("ab+") as file:
+        if size := file.seek(0, os.SEEK_END):
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        file.write(line.encode())
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """JSON objects of a file of lines, for a command that resumes: an unfinished last line is left out."""
+    if path.exists():
+        with path.open("rb") as file:
+            yield from (json.loads(line) for line in file if line.endswith(b"\n") and line.strip())
+
+
+def load_images(row: Row, root: str | Path | None = None) -> list[Image.Image]:
+    """The row's images, decoded to RGB. Relative paths start at `root`."""
+    return [_open_image(entry, root) for entry in image_entries(row)]
+
+
+def image_bytes(entry: Any, root: str | Path | None = None) -> bytes:
+    """The encoded bytes of an image entry: a file's content as it is, a PIL image as PNG."""
+    if isinstance(entry, Image.Image):
+        buffer = io.BytesIO()
+        entry.save(buffer, format="PNG")
+        return buffer.getvalue()
+    if isinstance(entry, Mapping) and entry.get("bytes") is not None:
+        return entry["bytes"]
+    return image_path(entry, root).read_bytes()
+
+
+def _row_line(folder: Path, row: Row) -> str:
+    """The row as a JSON line; its images are put into `folder/images` under a name made of their content."""
+    plain = {key: value for key, value in row.items() if key not in ("image", "images") and value is not None}
+    entries = image_entries(row)
+    if entries:
+        plain["images"] = [_store_image(folder, entry) for entry in entries]
+    return json.dumps(plain, ensure_ascii=False) + "\n"
+
+
+def _store_image(folder: Path, entry: Any) -> str:
+    """Put an image into the folder, under a name made of its content, unless it is there; returns its relative path."""
+    path = None
+    if not isinstance(entry, Image.Image) and not (isinstance(entry, Mapping) and entry.get("bytes") is not None):
+        path = image_path(entry, folder).absolute()
+        if path.is_relative_to(folder.absolute()) and path.is_file():
+            return path.relative_to(folder.absolute()).as_posix()
+    content = image_bytes(entry, folder)
+    name = hashlib.sha256(content).hexdigest()[:24] + (path.suffix.lower() if path else ".png")
+    target = folder / "images" / name
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        partial = target.with_name(name + ".partial")
+        partial.write_bytes(content)
+        partial.replace(target)
+    return f"images/{name}"
+
+
+def image_entries(row: Row) -> list[Any]:
+    """The entries of `images`, or the one of `image`."""
+    if row.get("images") is not None:
+        return list(row["images"])
+    return [row["image"]] if row.get("image") is not None else []
+
+
+def image_path(entry: Any, root: str | Path | None) -> Path:
+    """Where an image entry without bytes lies; a relative path starts at `root`."""
+    path = entry.get("path") if isinstance(entry, Mapping) else entry
+    if not isinstance(path, str | Path):
+        raise ValueError(
+            f"an image must be a path, a PIL image or a dict with 'bytes' or 'path', got {type(entry).__name__}"
+        )
+    return Path(root or "", path)
+
+
+def _open_image(entry: Any, root: str | Path | None) -> Image.Image:
+    if isinstance(entry, Image.Image):
+        return entry.convert("RGB")
+    try:
+        return Image.open(io.BytesIO(image_bytes(entry, root))).convert("RGB")
+    except OSError as error:
+        name = entry.get("path") if isinstance(entry, Mapping) else entry
+        raise ValueError(f"image {name or 'in the row'} cannot be read: {error}") from error

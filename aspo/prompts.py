@@ -1,0 +1,188 @@
+"""Prompts and responses as text and token ids: the one place that knows chat templates and end-of-turn tokens."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from PIL import Image
+from torch import Tensor
+
+from aspo.folder import load_images, row_name
+from aspo.rows import IMAGE_PLACEHOLDER
+
+Row = Mapping[str, Any]
+_PROBE = "ASPOresponseASPO"  # stands for a response, to see what a chat template writes around one
+
+
+class Prompt(NamedTuple):
+    """A prompt as text, before image placeholders are expanded, and what the chat template writes around a response."""
+
+    text: str
+    lead: str  # between the prompt and the response, e.g. " "
+    end: str  # after the response, e.g. "<|im_end|>\n"
+    add_special_tokens: bool  # False where the template already wrote BOS
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor; a tokenizer is its own (text-only models)."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def encode_prompt(processor: Any, prompt: str | Sequence[Mapping[str, Any]], images: Sequence[Any] = ()) -> Prompt:
+    """The text that asks the model: the one place that makes it, for training, generation and evaluation.
+
+    A message list goes through the processor's chat template (`add_generation_prompt=True`). A plain string becomes
+    one user message where there is a template, and stays as it is (image tokens in front) where there is none.
+    "<image>" in a text marks an image's place; without any mark or image part the images come first.
+
+    Raises:
+        ValueError: marks and images differ in number; images for a text-only tokenizer; an empty prompt; a prompt that
+            ends with an assistant message; a template that leaves out responses.
+    """
+    tokenizer = tokenizer_of(processor)
+    if images and not hasattr(processor, "image_processor"):
+        raise ValueError(
+            f"{len(images)} images, but {type(processor).__name__} has no image processor: drop the images"
+        )
+    messages = _messages(prompt, len(images))
+    template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+    if template is None:
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"the prompt is a message list but {type(processor).__name__} has no chat template: "
+                "set processor.chat_template, or write the prompt as a string"
+            )
+        mark = getattr(processor, "image_token", "")
+        text = "".join(mark if part["type"] == "image" else part["text"] for part in messages[0]["content"])
+        lead = end = ""
+    else:
+        if processor is tokenizer:
+            messages = [{**m, "content": "".join(part["text"] for part in m["content"])} for m in messages]
+        answer = {"role": "assistant", "content": _PROBE if processor is tokenizer else [_text_part(_PROBE)]}
+        render = {"tokenize": False, "chat_template": template if isinstance(template, str) else None}
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, **render)
+        before, probe, end = processor.apply_chat_template([*messages, answer], **render).partition(_PROBE)
+        if not probe:
+            raise ValueError("the chat template leaves out the assistant's message; training needs a template with it")
+        lead = before.removeprefix(text) if before.startswith(text) else ""
+    bos = tokenizer.bos_token
+    return Prompt(text, lead, end, not (bos and text.startswith(bos)))
+
+
+def encode_response(processor: Any, prompt: Prompt, response: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a response with its end-of-turn token, and their character offsets in `response`.
+
+    The tokens are those that the tokenizer makes of the response behind its prompt. Where the whole text does not begin
+    with the prompt's own tokens (a token would straddle the boundary), the response is tokenised alone. The last id is
+    the end-of-turn token: the first special token that the chat template writes after a response, otherwise EOS; its
+    offsets are empty and lie at the end.
+    """
+    tokenizer = tokenizer_of(processor)
+    before = tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+    for context, skip in ((prompt.text, len(before)), ("", 0)):
+        encoded = tokenizer(context + prompt.lead + response, add_special_tokens=False, return_offsets_mapping=True)
+        ids = encoded["input_ids"]
+        if ids[:skip] == before[:skip]:
+            break
+    shift = len(context) + len(prompt.lead)
+    offsets = [(max(a - shift, 0), max(b - shift, 0)) for a, b in encoded["offset_mapping"][skip:]]
+    ids = ids[skip:]
+    image_token_id = getattr(processor, "image_token_id", None)
+    if image_token_id is not None and image_token_id in ids:
+        raise ValueError(f"the response holds the image token {processor.image_token!r}: remove it from the text")
+    tail = end_of_turn(processor, prompt)
+    if not ids or ids[-1] != tail[-1]:
+        ids = ids + tail
+        offsets += [(len(response), len(response))] * len(tail)
+    return ids, offsets
+
+
+def end_of_turn(processor: Any, prompt: Prompt) -> list[int]:
+    """The ids that close a response; the last one is the end-of-turn token."""
+    tokenizer = tokenizer_of(processor)
+    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    ids = tokenizer(prompt.end, add_special_tokens=False)["input_ids"] if prompt.end.strip() else []
+    for n, token_id in enumerate(ids):
+        if token_id in special:
+            return ids[: n + 1]
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{type(tokenizer).__name__} has no EOS token: set tokenizer.eos_token")
+    return [tokenizer.eos_token_id]
+
+
+def generation_inputs(processor: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
+    """Model inputs for `model.generate`: the rows' prompts and images, padded on the left."""
+    images = [load_images(row) for row in rows]
+    prompts = [
+        named(row, encode_prompt, processor, row["prompt"], pictures)
+        for row, pictures in zip(rows, images, strict=True)
+    ]
+    return run_processor(processor, prompts, images, padding_side="left")
+
+
+def _text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _parts(content: Any) -> list[dict[str, str]]:
+    """Message content as a list of {"type": "image"} and {"type": "text", "text": ...}; "<image>" marks are images."""
+    if isinstance(content, str):
+        texts = content.split(IMAGE_PLACEHOLDER)
+        marked = [part for text in texts for part in ({"type": "image"}, _text_part(text))][1:]
+        if len(texts) > 1:  # LLaVA's data puts a line break beside the mark; the template writes its own
+            marked = [p if p["type"] == "image" else _text_part(p["text"].strip("\n")) for p in marked]
+        return [part for part in marked if part["type"] == "image" or part["text"]]
+    parts = []
+    for part in content:
+        kind = part.get("type")
+        if kind == "image":
+            parts.append({"type": "image"})
+        elif kind == "text":
+            parts += _parts(part["text"])
+        else:
+            raise ValueError(f"a message part of type {kind!r}: only 'text' and 'image' are supported")
+    return parts
+
+
+def _messages(prompt: str | Sequence[Mapping[str, Any]], num_images: int) -> list[dict[str, Any]]:
+    """The prompt as messages whose content is a list of parts, with exactly `num_images` image parts."""
+    source = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages: list[dict[str, Any]] = [{"role": m["role"], "content": _parts(m["content"])} for m in source]
+    if not any(part.get("text", "").strip() for m in messages for part in m["content"]) and not num_images:
+        raise ValueError("the prompt is empty")
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("the prompt ends with an assistant message; move its text into the responses")
+    marks = sum(part["type"] == "image" for m in messages for part in m["content"])
+    if not marks and num_images:
+        first = next((m for m in messages if m["role"] == "user"), None)
+        if first is None:
+            raise ValueError("the prompt has no user message to put its images into")
+        first["content"] = [{"type": "image"}] * num_images + first["content"]
+    elif marks != num_images:
+        raise ValueError(f"the prompt marks {marks} images but the row has {num_images}: make them equal")
+    return messages
+
+
+def run_processor(
+    processor: Any, prompts: Sequence[Prompt], images: Sequence[Sequence[Image.Image]], padding_side: str
+) -> dict[str, Tensor]:
+    """The processor on a batch: input_ids and attention_mask padded on `padding_side`, and what it makes of images."""
+    flags = {prompt.add_special_tokens for prompt in prompts}
+    if len(flags) > 1:
+        raise ValueError("some prompts of this batch begin with the BOS text and some do not: write them all alike")
+    kwargs: dict[str, Any] = {"add_special_tokens": flags.pop(), "padding": True, "padding_side": padding_side}
+    if any(images):
+        # Nested where every row has images (some processors know rows only that way), flat where a row has none.
+        kwargs["images"] = list(map(list, images)) if all(images) else [image for row in images for image in row]
+    inputs = processor(text=[prompt.text for prompt in prompts], return_tensors="pt", **kwargs)
+    wrong = [name for name, value in inputs.items() if not isinstance(value, Tensor)]
+    if wrong:
+        raise ValueError(f"{type(processor).__name__} gives no tensor for {wrong}: this processor is not supported")
+    return dict(inputs)
+
+
+def named(row: Row, function: Any, *args: Any) -> Any:
+    """Call, with the row's name in front of a ValueError's message."""
+    try:
+        return function(*args)
+    except ValueError as error:
+        raise ValueError(f"{row_name(row)}: {error}") from error
