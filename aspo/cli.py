@@ -1,0 +1,108 @@
+"""The `aspo` command: one parser per sub-command, whose module is imported only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+# Command -> (module with add_arguments(parser) and run(args) -> exit status, one line on what it does)
+COMMANDS = {
+    "pairs": ("aspo.pairs", "make preference pairs: answers on the clean and on a noised image"),
+    "score": ("aspo.scores", "score each sentence's similarity to the image with CLIP"),
+    "train": ("aspo.train", "train a model on preference pairs with ASPO, DPO and others"),
+    "eval": ("aspo.evaluate", "measure hallucination on images whose truth is known"),
+    "report": ("aspo.report", "write one HTML page about runs: curves, tables, weighted sentences"),
+    "demo": ("aspo.demo", "all of the above on the embedded world, in minutes on a CPU"),
+}
+USAGE, INTERRUPTED = 2, 130  # exit codes: bad input; stopped with Ctrl-C
+MISSING = 'this command needs {name}, which is not installed: pip install "aspo-kernels[train]"'
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that answers a mistake with one line, and an unknown flag with the nearest one it knows."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            self.error(f"unknown argument {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        return known
+
+
+def overview() -> str:
+    """The text of `aspo --help`."""
+    lines = [f"  {name:8}{text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: aspo [--traceback] COMMAND [options]",
+            "",
+            "Sentence-level preference optimisation of vision-language models.",
+            "",
+            "commands (in the order of a project):",
+            *lines,
+            "",
+            "`aspo COMMAND --help` tells all about one of them. Every command goes on where it was stopped when it",
+            "is run again. With --traceback an error shows where it came from, not its message alone.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status: 0, 2 on bad input, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = arguments[:1] == ["--traceback"]
+    if show_traceback:
+        arguments.pop(0)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"aspo-kernels {version('aspo-kernels')}")
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; commands: {', '.join(COMMANDS)}"
+        print(f"aspo: unknown command {name!r}{hint}", file=sys.stderr)
+        return USAGE
+    try:
+        return _run(name, arguments[1:])
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
+    except ModuleNotFoundError as error:
+        if show_traceback or not error.name or error.name.split(".")[0] in ("aspo", "aspo_kernels"):
+            raise
+        print(f"aspo {name}: {MISSING.format(name=error.name)}", file=sys.stderr)
+        return USAGE
+    except (ValueError, OSError) as error:
+        if show_traceback:
+            traceback.print_exc()
+        print(f"aspo {name}: {_one_line(error)}", file=sys.stderr)
+        return USAGE
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = Parser(prog=f"aspo {name}", formatter_class=argparse.RawDescriptionHelpFormatter)
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(arguments))
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text or type(error).__name__

@@ -1,0 +1,261 @@
+"""The options of a training run: transformers' TrainingArguments plus ours.
+
+Names are those of TRL's DPOConfig where the meaning is the same. An option that the run would not use is an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import TrainingArguments
+
+from aspo_kernels import objectives
+
+# None in the dataclass means "not given"; __post_init__ fills in what the run uses and refuses the rest.
+LORA_DEFAULTS: dict[str, Any] = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": None}
+OBJECTIVE_OPTIONS = ("beta", "alpha", "normalizer", "perplexity", "perplexity_scale", "label_smoothing", "gamma")
+TRL_NAMES = {"sigmoid": "dpo"}  # TRL's name of a loss -> ours
+
+# Option of transformers' Trainer -> why it is refused. Falsy values are fine.
+UNSUPPORTED = {
+    "remove_unused_columns": "the collator reads columns that the model does not take; leave it off",
+    "torch_compile": "the loss runs the model's trunk, which Trainer would not compile; compile the model yourself",
+    "use_liger_kernel": "it replaces the model's forward, which the loss does not run",
+    "label_smoothing_factor": "it smooths a token loss that is never computed; for DPO use label_smoothing",
+    "label_names": "the collator fixes what the loss reads",
+    "bf16_full_eval": "it would convert the policy but not its reference; use bf16",
+    "fp16_full_eval": "it would convert the policy but not its reference; use fp16",
+    "deepspeed": "only one process is supported so far",
+    "fsdp": "only one process is supported so far",
+    "parallelism_config": "only one process is supported so far",
+}
+
+
+def _help(group: str, text: str) -> dict[str, str]:
+    """A field's metadata: its help text and the heading under which `aspo train --help` shows it."""
+    return {"help": text, "group": group}
+
+
+@dataclass
+class AspoConfig(TrainingArguments):
+    """Options of `AspoTrainer` and `aspo train`; docs/training.md describes them all.
+
+    Raises ValueError for an option that the objective does not take, that the run would ignore, or that is not
+    supported.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "objective_kwargs"]
+
+    # Model
+    model_name_or_path: str | None = field(
+        default=None, metadata=_help("model", "Folder or hub name of the start model; 'world' = embedded.")
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata=_help(
+            "model",
+            "Weights' type: float32, bfloat16, float16 or auto (as saved). Default: bfloat16 for LoRA on an "
+            "accelerator, float32 otherwise.",
+        ),
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata=_help("model", "Attention of transformers: sdpa, eager, flash_attention_2.")
+    )
+    freeze_vision: bool = field(
+        default=True, metadata=_help("model", "Keep the vision tower as it is in full fine-tuning.")
+    )
+    disable_dropout: bool = field(default=True, metadata=_help("model", "Turn the model's dropout off."))
+
+    # Data
+    train_data: str | None = field(
+        default=None, metadata=_help("data", "Preference rows: folder, .jsonl, .json, .parquet, or saved dataset.")
+    )
+    eval_data: str | None = field(
+        default=None, metadata=_help("data", "Rows for the loss and rewards during training (with --eval_strategy).")
+    )
+    max_length: int | None = field(
+        default=2048, metadata=_help("data", "Most tokens of a row; only the response is ever cut.")
+    )
+
+    # Objective
+    loss_type: list[str] = field(
+        default_factory=lambda: ["aspo"],
+        metadata=_help("objective", "Objective(s): aspo, dpo, ipo, hinge, simpo, sft, or registered ones."),
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata=_help("objective", "One weight for each loss_type. Default: 1 for each.")
+    )
+    beta: float | None = field(
+        default=None, metadata=_help("objective", "Reward scale: reward = beta * log-ratio. Default: the objective's.")
+    )
+    alpha: float | None = field(
+        default=None, metadata=_help("objective", "aspo: share of similarity in a sentence's weight, [0, 1].")
+    )
+    normalizer: str | None = field(
+        default=None, metadata=_help("objective", "aspo: R_c/R_c*, one of sentence, token, none, reward.")
+    )
+    perplexity: str | None = field(
+        default=None, metadata=_help("objective", "aspo: whose perplexity, policy or reference.")
+    )
+    perplexity_scale: str | None = field(default=None, metadata=_help("objective", "aspo: min-max over ppl or nll."))
+    label_smoothing: float | None = field(
+        default=None, metadata=_help("objective", "dpo: share of pairs taken to be swapped, [0, 0.5).")
+    )
+    gamma: float | None = field(default=None, metadata=_help("objective", "simpo: target margin."))
+    objective_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata=_help("objective", "Further options of an objective of your own, as JSON.")
+    )
+    plugins: list[str] | None = field(
+        default=None, metadata=_help("objective", "Modules or .py files to import first, e.g. your objective.")
+    )
+
+    # LoRA
+    use_lora: bool = field(
+        default=True, metadata=_help("LoRA", "Train LoRA adapters; the reference is the model without them.")
+    )
+    lora_r: int | None = field(default=None, metadata=_help("LoRA", "Rank. Default: 16."))
+    lora_alpha: int | None = field(
+        default=None, metadata=_help("LoRA", "Scale: the update is multiplied by lora_alpha / lora_r. Default: 32.")
+    )
+    lora_dropout: float | None = field(default=None, metadata=_help("LoRA", "Dropout before the adapters. Default: 0."))
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata=_help(
+            "LoRA",
+            "Layer names within the language model, e.g. q_proj v_proj, or one regular expression over full module "
+            "names. Default: all its linear layers.",
+        ),
+    )
+
+    # Trainer options with other defaults than transformers'
+    learning_rate: float = field(
+        default=2e-5, metadata=_help("training", "Peak learning rate of AdamW; full fine-tuning wants about 1e-6.")
+    )
+    num_train_epochs: float = field(default=1.0, metadata=_help("training", "Passes over the pairs."))
+    per_device_train_batch_size: int = field(default=2, metadata=_help("training", "Pairs in one forward pass."))
+    per_device_eval_batch_size: int = field(
+        default=2, metadata=_help("training", "Pairs in one forward pass of an evaluation.")
+    )
+    lr_scheduler_type: str = field(
+        default="cosine", metadata=_help("training", "Learning-rate schedule: cosine, linear, constant, ...")
+    )
+    logging_steps: float = field(
+        default=10, metadata=_help("training", "Steps between two lines of metrics (below 1: share of the run).")
+    )
+    save_steps: float = field(
+        default=100, metadata=_help("training", "Steps between two checkpoints (below 1: share of the run).")
+    )
+    save_total_limit: int | None = field(default=2, metadata=_help("training", "Checkpoints kept."))
+    resume_from_checkpoint: str | None = field(
+        default="auto",
+        metadata=_help(
+            "training", "auto = go on from output_dir's last complete checkpoint, if any; or a checkpoint's folder."
+        ),
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata=_help("transformers", "Must stay off: the collator reads all columns.")
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata=_help("transformers", "Leave NaN and inf losses out of the log.")
+    )
+
+    def __post_init__(self) -> None:
+        for plugin in self.plugins or ():
+            import_plugin(plugin)
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        self.loss_type = [TRL_NAMES.get(name, name) for name in self.loss_type]
+        super().__post_init__()
+        self._refuse_unsupported()
+        self._settle_objective()
+        self._settle_lora()
+
+    def _refuse_unsupported(self) -> None:
+        for name, why in UNSUPPORTED.items():
+            value = getattr(self, name, None)
+            if value:
+                raise ValueError(f"{name}={value!r} is not supported: {why}")
+        if self.world_size > 1 or self.n_gpu > 1:
+            what = f"{self.world_size} processes" if self.world_size > 1 else f"{self.n_gpu} devices in one process"
+            raise ValueError(
+                f"training on {what} is not supported yet: start one process, with CUDA_VISIBLE_DEVICES naming one "
+                "device"
+            )
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length is {self.max_length}; it must be positive, or null for no limit")
+
+    def _settle_objective(self) -> None:
+        if not self.loss_type or len(set(self.loss_type)) != len(self.loss_type):
+            raise ValueError(f"loss_type is {self.loss_type}; name each objective once")
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(
+                f"{len(self.loss_weights)} loss_weights for {len(self.loss_type)} loss_type; give one weight for each"
+            )
+        objective = self.objective()
+        given = [name for name in OBJECTIVE_OPTIONS if getattr(self, name) is not None]
+        objective.check_options([*given, *(self.objective_kwargs or {})])
+        for name in set(OBJECTIVE_OPTIONS) & set(objective.options):
+            if getattr(self, name) is None:
+                setattr(self, name, objective.options[name])
+
+    def _settle_lora(self) -> None:
+        given = [name for name in LORA_DEFAULTS if getattr(self, name) is not None]
+        if not self.use_lora:
+            if given:
+                raise ValueError(f"{', '.join(given)} given, but use_lora is off; drop them or turn use_lora on")
+            return
+        for name, default in LORA_DEFAULTS.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+        if self.lora_dropout and self.disable_dropout:
+            raise ValueError(
+                f"lora_dropout={self.lora_dropout} has no effect with disable_dropout; pass one of the two"
+            )
+        if not self.freeze_vision:
+            raise ValueError(
+                "freeze_vision is off, but with LoRA only the adapters train; turn use_lora off, or keep it"
+            )
+
+    def objective(self) -> objectives.Objective:
+        """The objective that `loss_type` and `loss_weights` name."""
+        if len(self.loss_type) == 1 and self.loss_weights is None:
+            return objectives.get(self.loss_type[0])
+        weights = self.loss_weights or [1.0] * len(self.loss_type)
+        return objectives.weighted_sum(dict(zip(self.loss_type, weights, strict=True)))
+
+    def objective_options(self) -> dict[str, Any]:
+        """The keyword options to call the objective with."""
+        takes = self.objective().options
+        options = {name: getattr(self, name) for name in OBJECTIVE_OPTIONS if name in takes}
+        return {**options, **dict(self.objective_kwargs or {})}
+
+    def weights_dtype(self) -> str:
+        """What `dtype` means where it is not given: full fine-tuning needs fp32 weights, or small updates vanish."""
+        if self.dtype is not None:
+            return self.dtype
+        on_accelerator = torch.accelerator.is_available() and not self.use_cpu
+        return "bfloat16" if self.use_lora and on_accelerator else "float32"
+
+
+def import_plugin(plugin: str) -> None:
+    """Import a module by name or a Python file by path, once."""
+    if not plugin.endswith(".py"):
+        importlib.import_module(plugin)
+        return
+    path = Path(plugin).resolve()
+    if not path.is_file():
+        raise ValueError(f"plugin {plugin} is not there")
+    if str(path) in _imported:
+        return
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # a .py file always has both
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    _imported.add(str(path))
+
+
+_imported: set[str] = set()

@@ -1,0 +1,82 @@
+"""Means over a logging window: what a trainer logs, averaged by pairs and by sentences instead of by batches.
+
+Axes: B pairs, S sentences, R responses.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from aspo_kernels import objectives
+from aspo_kernels.aspo import sentence_nll
+from aspo_kernels.segments import segment_sum
+
+# An objective's statistic -> the name it is logged under (TRL's where TRL has one).
+NAMES = {
+    "chosen_rewards": "rewards/chosen",
+    "rejected_rewards": "rewards/rejected",
+    "sentence_weights": "sentences/weight",
+    "sentence_logratios": "sentences/logratio",
+    "reward_fallback_share": "sentences/reward_fallback_share",
+    "nll": "nll",
+}
+WITH_DEVIATION = ("sentences/weight", "sentences/similarity", "sentences/nll")  # logged as _mean and _std
+
+
+class Meters:
+    """Running sums by name; nothing waits for the device until `drain`."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, Tensor, int]] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Count each entry of `values` (any shape) once."""
+        values = values.detach().float()
+        total, square, count = values.sum(), values.square().sum(), values.numel()
+        if name in self._sums:
+            before = self._sums[name]
+            total, square, count = total + before[0], square + before[1], count + before[2]
+        self._sums[name] = total, square, count
+
+    def drain(self) -> dict[str, float]:
+        """The means (and population standard deviations) since the last call; starts anew."""
+        means: dict[str, float] = {}
+        for name, (total, square, count) in self._sums.items():
+            mean = float(total) / max(count, 1)
+            if name in WITH_DEVIATION:
+                means[f"{name}_mean"] = mean
+                means[f"{name}_std"] = math.sqrt(max(float(square) / max(count, 1) - mean**2, 0.0))
+            else:
+                means[name] = mean
+        if "sentences/nll_mean" in means:
+            means["sentences/perplexity"] = math.exp(min(means["sentences/nll_mean"], 700.0))
+        self._sums.clear()
+        return means
+
+
+@torch.no_grad()
+def record(meters: Meters, inputs: objectives.Inputs, result: objectives.Result) -> None:
+    """Add a batch: TRL's metrics, those of chosen sentences, and whatever else the objective reports."""
+    layout = inputs.layout
+    chosen, rejected = inputs.pair(segment_sum(inputs.logps.detach(), layout.response_token_offsets))
+    meters.add("logps/chosen", chosen)
+    meters.add("logps/rejected", rejected)
+    stats = dict(result.stats)
+    if "chosen_rewards" in stats and "rejected_rewards" in stats:
+        gap = stats["chosen_rewards"] - stats["rejected_rewards"]
+        meters.add("rewards/accuracies", (gap > 0).float())
+        meters.add("rewards/margins", gap)
+        margins = stats.pop("margins", gap)  # of the objective; ASPO's are of weighted sentences
+        if "sentence_weights" in stats:
+            meters.add("sentences/weighted_margins", margins)
+    for name, value in stats.items():
+        loss_name = name.removesuffix("_losses")
+        meters.add(NAMES.get(name, f"losses/{loss_name}" if loss_name != name else f"stats/{name}"), value)
+    sentences = layout.chosen_sentences
+    meters.add("sentences/nll", sentence_nll(inputs.logps.detach(), layout)[sentences])
+    meters.add("sentences/per_response", layout.response_offsets.diff()[layout.with_role(0)])
+    if inputs.similarity is not None:
+        meters.add("sentences/similarity", inputs.similarity)

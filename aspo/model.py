@@ -1,0 +1,337 @@
+"""Loading a model, its hidden states without logits, its output head, answers and log-probabilities.
+
+Axes: R rows of a padded batch, T padded length, H hidden size, V vocabulary, N counted tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from aspo.data import Collator, encode_prompt, end_of_turn, generation_inputs, load_images, tokenizer_of
+from aspo_kernels import SentenceLayout, linear_logps
+
+ADAPTER_CONFIG = "adapter_config.json"
+MAX_HEAD_ERROR = 0.02  # of the largest logit: bf16 keeps 8 bits, a forgotten scale or softcap is far above
+
+
+def default_device() -> torch.device:
+    """The accelerator that torch finds, else the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def resolve_model(name_or_path: str | Path) -> str:
+    """ "world" -> the folder of the embedded model; anything else is a path or a hub name and stays as it is."""
+    if str(name_or_path) != "world":
+        return str(name_or_path)
+    from aspo.world import assets_dir
+
+    return str(assets_dir() / "vlm")
+
+
+def load_model(
+    name_or_path: str | Path,
+    dtype: str | torch.dtype | None = None,
+    *,
+    device: str | torch.device | None = None,
+    attn_implementation: str | None = None,
+    base: str | None = None,
+) -> tuple[PreTrainedModel | PeftModel, Any]:
+    """Load a model and its processor (a tokenizer where the model reads text only).
+
+    Args:
+        name_or_path: "world", a folder, a hub name, or a folder with an adapter (its base is loaded, then the adapter).
+        dtype: "float32", "bfloat16", "float16", "auto" (as saved) or a torch dtype; float32 where it is None.
+        device: where to put it; None = the accelerator if there is one, else the CPU.
+        attn_implementation: passed to `from_pretrained`, e.g. "sdpa" or "eager".
+        base: the base model of an adapter, where it is no longer where the adapter says.
+
+    Raises ValueError for a dtype that is not one, a folder without a model, an adapter whose base is missing.
+    """
+    path = resolve_model(name_or_path)
+    if (Path(path) / ADAPTER_CONFIG).is_file():
+        return _load_adapter(path, dtype, device=device, attn_implementation=attn_implementation, base=base)
+    if base is not None:
+        raise ValueError(f"base={base!r} was given, but {path} is no adapter: it has no {ADAPTER_CONFIG}")
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise ValueError(f"{path} holds no model: neither config.json nor {ADAPTER_CONFIG} is in it")
+    config = AutoConfig.from_pretrained(path)
+    sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    auto_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    model = auto_class.from_pretrained(path, dtype=parse_dtype(dtype), attn_implementation=attn_implementation)
+    model.to(default_device() if device is None else device).eval()
+    return model, AutoProcessor.from_pretrained(path)
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
+    """The dtype argument of `from_pretrained` for an option's value."""
+    if dtype is None:
+        return torch.float32
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype is {dtype!r}; choose float32, bfloat16, float16 or auto")
+    return getattr(torch, dtype)
+
+
+def _load_adapter(
+    path: str, dtype: str | torch.dtype | None, *, base: str | None, **options: Any
+) -> tuple[PeftModel, Any]:
+    base = base or PeftConfig.from_pretrained(path).base_model_name_or_path
+    if base is None or (Path(base).is_absolute() and not Path(base).exists()):
+        raise ValueError(
+            f"the adapter {path} belongs to {base}, which is not there; load_model(..., base=its new place)"
+        )
+    model, processor = load_model(base, dtype, **options)
+    model = PeftModel.from_pretrained(model, path).eval()
+    has_own = any((Path(path) / name).is_file() for name in ("processor_config.json", "tokenizer_config.json"))
+    return model, AutoProcessor.from_pretrained(path) if has_own else processor
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PeftModel (its LoRA layers still in place), or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def trunk_hidden(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor:
+    """The last hidden states after the final norm, (R, T, H): what the output head reads. No logits are built.
+
+    Runs the model inside the ...ForConditionalGeneration / ...ForCausalLM class, which takes the images too
+    (`get_decoder()` of a vision-language model would skip them).
+    """
+    outer = base_model(model)
+    trunk = outer.base_model
+    if trunk is outer:
+        raise ValueError(f"{type(outer).__name__} has no output head; load it with a ...ForConditionalGeneration class")
+    return trunk(**model_inputs, use_cache=False, return_dict=True).last_hidden_state
+
+
+@dataclass(frozen=True)
+class HeadParams:
+    """logits = cap(logit_scale * (hidden weight^T + bias)), cap(z) = softcap * tanh(z / softcap).  weight: (V, H)."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """(N, H), (N,) -> (N,) fp32 log-probabilities of the targets; differentiable."""
+        return linear_logps(
+            hidden.to(self.weight.dtype),
+            self.weight,
+            targets,
+            bias=self.bias,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+        )
+
+
+def output_head(model: nn.Module) -> HeadParams:
+    """The output head of a model; `check_head` proves that it is read rightly.
+
+    Raises ValueError where an adapter sits on the head, or the head is no plain linear layer.
+    """
+    outer = base_model(model)
+    head = outer.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        raise ValueError(
+            f"an adapter ({type(head).__name__}) sits on the output head, which is not supported: leave the head's "
+            "name out of target_modules, modules_to_save and trainable_token_indices"
+        )
+    if head is None or not isinstance(getattr(head, "weight", None), Tensor) or head.weight.dim() != 2:
+        raise ValueError(f"{type(outer).__name__}: its output head is {type(head).__name__}, not a linear layer")
+    text = outer.config.get_text_config()
+    scale = float(getattr(text, "logit_scale", None) or 1.0)  # Cohere multiplies its logits, Granite divides them
+    scale /= float(getattr(text, "logits_scaling", None) or 1.0)
+    return HeadParams(head.weight, getattr(head, "bias", None), scale, getattr(text, "final_logit_softcapping", None))
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, model_inputs: Mapping[str, Any]) -> float:
+    """Compare hidden states + head with the model's own logits at the last position of each row.
+
+    Returns the largest difference, relative to the largest logit. Raises ValueError above `MAX_HEAD_ERROR`: the model
+    does something between its trunk and its logits that `output_head` does not know, and training would be wrong.
+    """
+    head = output_head(model)
+    z = trunk_hidden(model, model_inputs)[:, -1].float() @ head.weight.float().T
+    z = head.logit_scale * (z if head.bias is None else z + head.bias.float())
+    z = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+    own = base_model(model)(**model_inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+    error = float((z - own).abs().max() / own.abs().max().clamp_min(1e-6))
+    if not error <= MAX_HEAD_ERROR:
+        raise ValueError(
+            f"{type(base_model(model)).__name__}: its own logits differ from hidden states times output head by "
+            f"{error:.2g} of the largest logit, so it transforms them in a way that is not supported"
+        )
+    return error
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """No gradients, and evaluation mode (no dropout) inside; the mode is put back afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer: its text, the number of tokens made (with EOS), and whether it ended by itself (EOS)."""
+
+    text: str
+    num_tokens: int
+    finished: bool
+
+
+def generate(model: nn.Module, processor: Any, rows: Sequence[Mapping[str, Any]], **options: Any) -> list[str]:
+    """The texts of `generate_answers` (same options)."""
+    return [answer.text for answer in generate_answers(model, processor, rows, **options)]
+
+
+def generate_answers(
+    model: nn.Module,
+    processor: Any,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    pixel_transform: Callable[[Tensor], Tensor] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Answer each row's prompt about its images, in batches padded on the left.
+
+    Args:
+        rows: `prompt` and `images` | `image` are read; rows with and without images may be mixed.
+        temperature: 0 = greedy; otherwise samples from softmax(logits / temperature), no top-k or top-p.
+        seed: the batch that starts at row k samples with seed + k, so that a run which goes on at a batch's first row
+            gives what an uninterrupted one would. The caller's random state is left as it was.
+        pixel_transform: applied to the processor's pixel_values of each batch (under the batch's seed), e.g. noise.
+        progress: called with the number of answers after each batch.
+    """
+    if temperature < 0 or max_new_tokens < 1 or batch_size < 1:
+        raise ValueError(
+            f"temperature={temperature} must be >= 0, max_new_tokens={max_new_tokens} and batch_size={batch_size} >= 1"
+        )
+    if not rows:
+        return []
+    outer = base_model(model)
+    config = _generation_config(outer, processor, rows[0], max_new_tokens, temperature)
+    answers: list[Answer] = []
+    with inference(model), torch.random.fork_rng():
+        for start in range(0, len(rows), batch_size):
+            torch.manual_seed(seed + start)
+            batch = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
+            answers += _answer_batch(outer, processor, batch, config, pixel_transform)
+            if progress is not None:
+                progress(len(batch))
+    return answers
+
+
+def _answer_batch(
+    model: PreTrainedModel,
+    processor: Any,
+    rows: Sequence[Mapping[str, Any]],
+    config: GenerationConfig,
+    pixel_transform: Callable[[Tensor], Tensor] | None,
+) -> list[Answer]:
+    inputs = generation_inputs(processor, rows)
+    if pixel_transform is not None:
+        if "pixel_values" not in inputs:
+            raise ValueError("pixel_transform was given, but the batch has no pixel_values: its rows have no images")
+        inputs["pixel_values"] = pixel_transform(inputs["pixel_values"])
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    tokens = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
+    return [_finish(row, processor, config.eos_token_id) for row in tokens.tolist()]
+
+
+def _finish(tokens: list[int], processor: Any, ends: list[int]) -> Answer:
+    stop = next((k for k, token in enumerate(tokens) if token in ends), None)
+    length = len(tokens) if stop is None else stop + 1
+    text = tokenizer_of(processor).decode(tokens[:length], skip_special_tokens=True)
+    return Answer(text.strip(), length, stop is not None)
+
+
+def _generation_config(
+    model: PreTrainedModel, processor: Any, row: Mapping[str, Any], max_new_tokens: int, temperature: float
+) -> GenerationConfig:
+    """Everything that the model's own generation_config could otherwise change is set."""
+    tokenizer = tokenizer_of(processor)
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends = {own} if isinstance(own, int) else set(own or ())
+    ends.add(end_of_turn(processor, encode_prompt(processor, row["prompt"], load_images(row)))[-1])  # as trained
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        num_beams=1,
+        repetition_penalty=1.0,
+        use_cache=True,
+        **sampling,
+    )
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """logps: (N,) fp32 on the CPU in the layout's order (chosen rows, then rejected rows); layout, similarity and ids
+    as the collator made them."""
+
+    logps: Tensor
+    layout: SentenceLayout
+    similarity: Tensor | None
+    ids: list[str]
+
+
+def response_logps(
+    model: nn.Module,
+    processor: Any,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: int = 8,
+    **collator_options: Any,
+) -> Iterator[ScoredBatch]:
+    """Teacher-forced log-probabilities of both responses of preference rows, batch by batch.
+
+    `collator_options` go to `aspo.data.Collator` (max_length, splitter, ...). For the reference of a LoRA model
+    wrap the loop in `model.disable_adapter()`.
+    """
+    collator = Collator(processor, **collator_options)
+    head = output_head(model)
+    device = head.weight.device
+    for start in range(0, len(rows), batch_size):
+        batch = collator([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+        inputs = {key: value.to(device) for key, value in batch["model_inputs"].items()}
+        layout = batch["layout"].to(device)
+        with inference(model):  # not around the yield: the caller's gradient mode is its own
+            hidden = trunk_hidden(model, inputs).flatten(0, 1)[layout.hidden_index]
+            logps = head.logps(hidden, layout.targets).cpu()
+        yield ScoredBatch(logps, batch["layout"], batch["similarity"], batch["ids"])

@@ -1,0 +1,112 @@
+"""What makes a run restartable: complete checkpoints only, Ctrl-C after a full step, and the same settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+def is_complete(checkpoint: str | Path) -> bool:
+    """Whether training can go on from a checkpoint: all its files are there and none is cut short.
+
+    Trainer writes trainer_state.json last; a zip (torch.save) ends with its directory, and a safetensors file's header
+    says how long the file must be, so that a file cut short by a kill or a full disk is seen without reading it all.
+    """
+    folder = Path(checkpoint)
+    match = CHECKPOINT.fullmatch(folder.name)
+    try:
+        step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+        if match and step != int(match.group(1)):
+            return False
+        if not any((folder / name).is_file() for name in WEIGHTS):
+            return False
+        for weights in folder.glob("*.safetensors"):
+            with safe_open(weights, framework="pt"):
+                pass
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            if not all((folder / shard).is_file() for shard in shards):
+                return False
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return False
+    return all(zipfile.is_zipfile(folder / name) for name in STATE)
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The complete checkpoint with the most steps in `output_dir`, or None."""
+    folder = Path(output_dir)
+    found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)] if folder.is_dir() else []
+    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if is_complete(path):
+            return path
+    return None
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON so that a reader, or a kill, never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: tuple[str, ...]) -> list[str]:
+    """Settings that differ, as "name: old -> new", but for names that begin with one of `free`."""
+    old, new = json.loads(json.dumps(dict(old), default=str)), json.loads(json.dumps(dict(new), default=str))
+    names = [name for name in {**old, **new} if not name.startswith(free)]
+    return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+
+
+class Interrupt(TrainerCallback):
+    """While entered, the first Ctrl-C ends training after the step in hand with a checkpoint, a second one at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: Any = None
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    def _handle(self, _signal: int, _frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+class SaveHistory(TrainerCallback):
+    """Keep log_history.json in the output folder up to date, for the report and for a look at a running job."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero and args.output_dir:
+            write_json(Path(args.output_dir) / "log_history.json", state.log_history)

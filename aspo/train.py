@@ -1,0 +1,280 @@
+"""`aspo train`: options from YAML and flags, then a run that goes on where an earlier one was stopped."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import difflib
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from aspo.config import AspoConfig
+from aspo.data import load_rows, validate_rows
+from aspo.model import load_model, resolve_model
+from aspo.resume import Interrupt, differences, is_complete, last_checkpoint, write_json
+from aspo.trainer import AspoTrainer
+
+DESCRIPTION = """Train a model on preference pairs.
+
+  aspo train --model_name_or_path llava-hf/llava-1.5-7b-hf --train_data pairs/ --output_dir runs/aspo
+  aspo train --config aspo.yaml --beta 0.2        flags win over the file's values
+
+Rows have TRL's columns (prompt, chosen, rejected, images); `aspo score` adds the similarity that alpha > 0 uses.
+output_dir gets checkpoints, the final adapter or model with its processor, run.json and log_history.json. The same
+command run again goes on from the last complete checkpoint; Ctrl-C finishes the step, saves and stops."""
+EPILOG = "All options of transformers' TrainingArguments are taken too (--help-all lists them)."
+COMMON = (  # transformers' own options that --help shows as they are
+    "output_dir",
+    "max_steps",
+    "gradient_accumulation_steps",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "bf16",
+    "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing",
+    "eval_strategy",
+    "eval_steps",
+    "seed",
+    "report_to",
+    "use_cpu",
+)
+FINISHED = "finished"
+# Options that may differ between a run and its continuation, by prefix: they change nothing in the weights.
+FREE_ON_RESUME = (
+    "output_dir",
+    "resume",
+    "log",
+    "report_to",
+    "run_name",
+    "project",
+    "trackio",
+    "disable_tqdm",
+    "save_",
+    "eval",
+    "do_",
+    "per_device_eval",
+    "prediction_loss_only",
+    "load_best",
+    "metric_for_best",
+    "greater_is_better",
+    "include_",
+    "skip_memory",
+    "push_to_hub",
+    "hub_",
+    "dataloader_num",
+    "dataloader_pin",
+    "dataloader_persistent",
+    "dataloader_prefetch",
+    "local_rank",
+    "ddp_",
+    "torch_empty_cache",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All options of AspoConfig; ours come first in --help, the rest only in --help-all."""
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    show_all = "--help-all" in sys.argv
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags win over it")
+    parser.add_argument("--help-all", action="help", help="show every option, transformers' too")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    hints = get_type_hints(AspoConfig)
+    for option in sorted(dataclasses.fields(AspoConfig), key=_help_order):
+        group = option.metadata.get("group", "training" if option.name in COMMON else "transformers")
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        option.type = hints[option.name]
+        before = len(parser._actions)
+        HfArgumentParser._parse_dataclass_field(groups[group], option)  # type: ignore[arg-type]
+        for action in parser._actions[before:]:
+            _tidy(action, hidden=group == "transformers" and not show_all)
+
+
+def _help_order(option: dataclasses.Field) -> int:
+    if option.name in COMMON:
+        return 1
+    return 0 if option.metadata.get("group", "transformers") != "transformers" else 2
+
+
+def _tidy(action: argparse.Action, hidden: bool) -> None:
+    """Leave options that were not given out of the namespace; one spelling and the default in the help."""
+    default = action.default
+    action.default = argparse.SUPPRESS
+    negative = any(flag.startswith("--no_") for flag in action.option_strings)
+    if hidden or negative:
+        action.help = argparse.SUPPRESS
+        return
+    text = (action.help or "").strip()
+    if default not in (None, argparse.SUPPRESS, "", []):
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        text = f"{text} Default: {shown}{' (--no_' + action.dest + ' turns it off)' if default is True else ''}."
+    action.help = text.replace("%%", "%").replace("%", "%%")
+    action.metavar = {bool: "BOOL"}.get(action.type, "VALUE")  # type: ignore[call-overload]
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """A YAML file's options. Raises ValueError naming a key that is no option."""
+    options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{path} must hold `option: value` lines, not a {type(options).__name__}")
+    known = [option.name for option in dataclasses.fields(AspoConfig)]
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise ValueError(f"{path}: unknown option {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    return dict(options)
+
+
+def as_flags(options: Mapping[str, Any]) -> list[str]:
+    """Options as command-line flags, so that a file's values are read as the flags' are (YAML reads 1e-5 as text)."""
+    flags: list[str] = []
+    for key, value in options.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        flags += [f"--{key}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+    return flags
+
+
+def parse_config(args: argparse.Namespace) -> AspoConfig:
+    """The AspoConfig of parsed arguments, over those of --config."""
+    given = {key: value for key, value in vars(args).items() if key != "config"}
+    if getattr(args, "config", None):
+        parser = argparse.ArgumentParser(prog=str(args.config), exit_on_error=False)
+        add_arguments(parser)
+        from_file = read_config(args.config)
+        nulls = {key: None for key, value in from_file.items() if value is None}
+        try:
+            parsed = vars(parser.parse_args(as_flags(from_file)))
+        except argparse.ArgumentError as error:
+            raise ValueError(f"{args.config}: {error}") from None
+        given = {**nulls, **{key: value for key, value in parsed.items() if key != "config"}, **given}
+    for key, what in (
+        ("model_name_or_path", "the start model"),
+        ("train_data", "the preference rows"),
+        ("output_dir", "the folder for the results"),
+    ):
+        if not given.get(key):
+            raise ValueError(f"--{key} is missing: {what}")
+    return AspoConfig(**given)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train as the arguments say; 0 when done. Raises KeyboardInterrupt when stopped by Ctrl-C, state saved."""
+    train(parse_config(args))
+    return 0
+
+
+def train(config: AspoConfig) -> None:
+    """Load, go on from where an earlier run in output_dir stopped, train, and save model, processor and run.json.
+
+    A finished run is left alone. Raises ValueError on bad rows, and where output_dir holds a run of other settings.
+    """
+    rows = _load(config.train_data, config)
+    eval_rows = _load(config.eval_data, config) if config.eval_data else None
+    record = run_record(config, rows)
+    checkpoint = _checkpoint(config, record)
+    if checkpoint == FINISHED:
+        print(f"{config.output_dir} is finished; choose another --output_dir to train again", file=sys.stderr)
+        return
+    model, processor = load_model(
+        config.model_name_or_path or "", config.weights_dtype(), attn_implementation=config.attn_implementation
+    )
+    trainer = AspoTrainer(model, config, rows, eval_rows, processor)
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in trainer.model.parameters())
+    print(
+        f"{' + '.join(config.loss_type)} on {len(rows):,} pairs; {trainable:,} of {total:,} parameters train; "
+        + (f"going on from {checkpoint}" if checkpoint else f"results in {config.output_dir}"),
+        file=sys.stderr,
+    )
+    path = Path(config.output_dir) / "run.json"
+    write_json(path, record)
+    with Interrupt() as interrupt:
+        trainer.add_callback(interrupt)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.state.global_step < trainer.state.max_steps:
+        assert interrupt.requested, "training ended early, though nothing asked for it"
+        raise KeyboardInterrupt
+    trainer.save_model()
+    trainer.save_state()
+    write_json(path, {**record, "finished": _now(), "steps": result.global_step, "metrics": result.metrics})
+
+
+def _load(source: str | None, config: AspoConfig) -> Any:
+    rows = load_rows(source)
+    validate_rows(rows, "preference")
+    return rows
+
+
+def run_record(config: AspoConfig, rows: Any) -> dict[str, Any]:
+    """What run.json says of a run: its settings, its data, and what it ran on."""
+    packages = ("aspo-kernels", "torch", "transformers", "peft", "accelerate", "datasets")
+    return {
+        "config": config.to_dict(),
+        "model": resolve_model(config.model_name_or_path or ""),
+        "dtype": config.weights_dtype(),
+        "objective": config.objective().name,
+        "objective_options": config.objective_options(),
+        "pairs": len(rows),
+        "pairs_sha256": fingerprint(rows),
+        "device": str(config.device),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "started": _now(),
+        "finished": None,
+    }
+
+
+def fingerprint(rows: Any) -> str:
+    """A hash of everything in preference rows but their images."""
+    digest = hashlib.sha256()
+    for name in ("id", "prompt", "chosen", "rejected", "chosen_sentences", "chosen_similarity", "sample_weight"):
+        if name in rows.column_names:
+            digest.update(json.dumps([name, list(rows[name])], default=str).encode())
+    return digest.hexdigest()
+
+
+def _checkpoint(config: AspoConfig, record: Mapping[str, Any]) -> str | None:
+    """The checkpoint to go on from, None to begin, or FINISHED."""
+    folder = Path(config.output_dir or "")
+    if config.resume_from_checkpoint not in (None, "auto"):
+        chosen = Path(str(config.resume_from_checkpoint))
+        if not is_complete(chosen):
+            raise ValueError(f"resume_from_checkpoint: {chosen} is no complete checkpoint")
+        return str(chosen)
+    before = _read_record(folder / "run.json")
+    if before is None:
+        if last_checkpoint(folder):
+            raise ValueError(f"{folder} holds checkpoints of something else (no run.json); choose another --output_dir")
+        return None
+    keys = ("model", "dtype", "objective", "pairs_sha256")
+    changed = differences(before["config"], record["config"], FREE_ON_RESUME)
+    changed += differences({key: before[key] for key in keys}, {key: record[key] for key in keys}, ())
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run of other settings ({'; '.join(changed)}): choose another --output_dir, delete it, "
+            "or name the checkpoint to start from with --resume_from_checkpoint"
+        )
+    if before["finished"]:
+        return FINISHED
+    found = last_checkpoint(folder)
+    return None if found is None else str(found)
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

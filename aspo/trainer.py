@@ -1,0 +1,344 @@
+"""AspoTrainer: transformers.Trainer with a preference loss taken from hidden states, so that no logits are built.
+
+Axes: B pairs, R = 2B rows of a batch, T padded length, H hidden size, N counted tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraModel
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, set_seed
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer_utils import EvalLoopOutput
+
+from aspo.config import AspoConfig
+from aspo.data import Collator
+from aspo.meters import Meters, record
+from aspo.model import base_model, check_head, inference, load_model, output_head, trunk_hidden
+from aspo.resume import SaveHistory, last_checkpoint
+from aspo_kernels import gather_hidden, objectives
+
+logger = logging.getLogger(__name__)
+
+START_TOLERANCE = 0.02  # of the loss where policy = reference; rounding is far below, a wrong reference far above
+FALLING_WINDOWS = 3  # logging windows in a row with both rewards negative and falling before the warning
+MERGE = (
+    "merge it into its base first: "
+    "peft.PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)"
+)
+
+
+class AspoTrainer(Trainer):
+    """Preference training of a (vision-)language model; the objective, LoRA and the rest come from `args`.
+
+    Args:
+        model: a transformers model, a PeftModel with a fresh LoRA adapter, or a name for `aspo.model.load_model`.
+        args: the options.
+        train_dataset, eval_dataset: rows as `aspo.data` describes them (a datasets.Dataset or any sequence of dicts).
+        processing_class: the model's processor, or its tokenizer where it reads text only.
+        data_collator: other than `aspo.data.Collator(processing_class, args.max_length)`.
+        ref_model: a reference of your own. Default: the base model with the adapter off (LoRA), or a frozen copy of
+            the model as it is given here (full fine-tuning).
+
+    The loss of an optimiser step is the mean over its pairs of sample_weight * loss, however they are cut into
+    micro-batches. Raises ValueError for what is not supported, see `AspoConfig`.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole accumulation window
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        args: AspoConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        data_collator: Any = None,
+        ref_model: nn.Module | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        if not isinstance(args, AspoConfig):
+            raise ValueError(f"args is a {type(args).__name__}; AspoTrainer takes an AspoConfig")
+        if isinstance(model, str):
+            model, processor = load_model(model, args.weights_dtype(), attn_implementation=args.attn_implementation)
+            processing_class = processing_class or processor
+        if processing_class is None and data_collator is None:
+            raise ValueError("processing_class is missing: pass the model's processor (or tokenizer)")
+        if len(set(getattr(base_model(model), "hf_device_map", None) or {"": 0}.values())) > 1:
+            raise ValueError("the model is spread over several devices, which is not supported yet; load it on one")
+        self.objective = args.objective()
+        self.objective_options = args.objective_options()
+        for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,))):
+            if dataset is not None and len(dataset):
+                self._require_similarity(dataset[0].get("chosen_similarity"))
+
+        self._starts_at_reference = ref_model is None and not isinstance(model, PeftModel)
+        set_seed(args.seed)  # the adapter's random start
+        model, self.ref_model = _policy_and_reference(model, args, ref_model, self.objective.needs_reference)
+        output_head(model)  # refuses an adapter on the head before anything runs
+        if args.disable_dropout:
+            disable_dropout(model)
+        if self.ref_model is not None:
+            self.ref_model.requires_grad_(False).eval()
+        self._meters = {"train": Meters(), "eval": Meters()}
+        self._rewards_before: tuple[float, float] | None = None
+        self._falling = 0
+        self._checked = False
+        self._eval_loss = (0.0, 0)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or Collator(processing_class, max_length=args.max_length),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[SaveHistory(), *callbacks],
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = True  # before loss_is_scaled_for_ga, Trainer asked this
+        if self.ref_model is not None:
+            self.ref_model.to(args.device)
+
+    # ---- the loss ----
+
+    def _require_similarity(self, similarity: Any) -> None:
+        if similarity is None and self.objective_options.get("alpha"):
+            raise ValueError(
+                f"alpha is {self.objective_options['alpha']}, but the rows have no chosen_similarity: run `aspo score` "
+                "on them, or set alpha to 0 (perplexity alone, ASPO-P)"
+            )
+
+    def pair_losses(self, inputs: Mapping[str, Any]) -> tuple[objectives.Inputs, objectives.Result]:
+        """The objective of a collated batch: what it read, and its losses (B,) with statistics."""
+        layout = inputs["layout"].to(self.args.device)
+        self._require_similarity(inputs["similarity"])
+        with self.accelerator.autocast():
+            ref_logps = self._logps(inputs, layout, reference=True) if self.objective.needs_reference else None
+            logps = self._logps(inputs, layout, reference=False)
+        objective_inputs = objectives.Inputs(layout, logps, ref_logps, inputs["similarity"])
+        return objective_inputs, self.objective(objective_inputs, **self.objective_options)
+
+    def _logps(self, inputs: Mapping[str, Any], layout: Any, reference: bool) -> Tensor:
+        """(N,) log-probabilities of the counted tokens under the policy or its reference."""
+        policy = self.accelerator.unwrap_model(self.model)
+        model = self.ref_model if reference and self.ref_model is not None else policy
+        with contextlib.ExitStack() as stack:
+            if reference:
+                stack.enter_context(inference(model))
+                if self.ref_model is None:
+                    stack.enter_context(model.disable_adapter())
+            hidden = gather_hidden(trunk_hidden(model, inputs["model_inputs"]), layout)
+            return output_head(model).logps(hidden, layout.targets)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> Any:
+        """sum_pairs sample_weight * loss / (pairs of the accumulation window; this batch's where it is None)."""
+        if not self._checked and self.model.training:
+            self._check_head(inputs)
+        objective_inputs, result = self.pair_losses(inputs)
+        if not self._checked and self.model.training:
+            self._checked = True
+            self._check_start(objective_inputs, result)
+        mode = "train" if self.model.training else "eval"
+        record(self._meters[mode], objective_inputs, result)
+        losses = result.losses
+        if inputs["sample_weight"] is not None:
+            losses = losses * inputs["sample_weight"].to(losses.dtype)
+        loss = losses.sum() / (losses.numel() if num_items_in_batch is None else num_items_in_batch)
+        return (loss, {}) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int:
+        return sum(batch["layout"].num_items for batch in batch_samples)
+
+    # ---- checks of the first batch ----
+
+    def _check_head(self, inputs: Mapping[str, Any]) -> None:
+        policy = self.accelerator.unwrap_model(self.model)
+        with inference(policy), self.accelerator.autocast():
+            check_head(policy, inputs["model_inputs"])
+
+    def _check_start(self, inputs: objectives.Inputs, result: objectives.Result) -> None:
+        """At the true step 0 policy = reference, and so the loss is what it is for equal ones (DPO: ln 2)."""
+        if self.state.global_step > 0 or inputs.ref_logps is None:
+            return
+        equal = objectives.Inputs(inputs.layout, inputs.logps.detach(), inputs.logps.detach(), inputs.similarity)
+        with torch.no_grad():
+            expected = float(self.objective(equal, **self.objective_options).losses.mean())
+        loss = float(result.losses.detach().mean())
+        self.start_loss = loss
+        if abs(loss - expected) <= START_TOLERANCE * max(1.0, abs(expected)):
+            return
+        chosen, rejected = (float(h.mean()) for h in inputs.pair(inputs.response_logratios.detach()))
+        message = (
+            f"step 0: the loss is {loss:.4f}, but {expected:.4f} if the policy equalled its reference, as at the start "
+            f"of a run; log-ratios: chosen {chosen:+.3f}, rejected {rejected:+.3f} nats. "
+        )
+        if self._starts_at_reference and self.args.disable_dropout and self.args.neftune_noise_alpha is None:
+            raise ValueError(
+                message + "The model's forward is not deterministic, or the reference is not the start model."
+            )
+        warnings.warn(
+            message
+            + "Expected with dropout, NEFTune, a ref_model of your own or an adapter that is trained already (to "
+            f"start from such an adapter, {MERGE}).",
+            stacklevel=2,
+        )
+
+    # ---- evaluation ----
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """The mean loss of a batch; predictions would be logits, which are never built."""
+        inputs = self._prepare_inputs(inputs)  # type: ignore[arg-type]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        pairs = inputs["layout"].num_items
+        self._eval_loss = (self._eval_loss[0] + float(loss) * pairs, self._eval_loss[1] + pairs)
+        return loss, None, None
+
+    def evaluation_loop(
+        self, *args: Any, metric_key_prefix: str = "eval", ignore_keys: Any = None, **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Trainer's loop; the loss and the metrics are means over pairs, whatever the last batch's size."""
+        self._eval_loss = (0.0, 0)
+        self._meters["eval"] = Meters()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, ignore_keys=ignore_keys, **kwargs)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._meters["eval"].drain().items()}
+        loss = {f"{metric_key_prefix}_loss": self._eval_loss[0] / max(self._eval_loss[1], 1)}
+        return output._replace(metrics={**output.metrics, **loss, **metrics})
+
+    # ---- logging ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log, with the window's means added to a training line."""
+        if "loss" in logs:
+            logs = {**logs, **self._meters["train"].drain()}
+            if not torch.isfinite(torch.tensor(logs["loss"])):
+                raise ValueError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step}: lower learning_rate, or train in "
+                    "bfloat16 instead of float16"
+                )
+            self._warn_when_both_fall(logs)
+        super().log(logs, start_time)
+
+    def _warn_when_both_fall(self, logs: Mapping[str, float]) -> None:
+        if "rewards/chosen" not in logs or not self.objective.needs_reference:
+            return
+        now = logs["rewards/chosen"], logs["rewards/rejected"]
+        before, self._rewards_before = self._rewards_before, now
+        falling = before is not None and all(n < min(b, 0.0) for n, b in zip(now, before, strict=True))
+        self._falling = self._falling + 1 if falling else 0
+        if self._falling == FALLING_WINDOWS:
+            warnings.warn(
+                f"both rewards are negative and falling (chosen {now[0]:+.3f}, rejected {now[1]:+.3f}): the model "
+                "makes its chosen answers less likely too. Lower learning_rate, raise beta, or add sft to loss_type.",
+                stacklevel=2,
+            )
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Trainer's estimate, from the model's own inputs."""
+        return super().floating_point_ops(inputs["model_inputs"])
+
+    def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
+        super()._track_num_input_tokens(inputs["model_inputs"])
+
+    # ---- checkpoints ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Trainer's train; True goes on from the last *complete* checkpoint of output_dir."""
+        if resume_from_checkpoint is True:
+            found = last_checkpoint(self.args.output_dir)
+            if found is None:
+                raise ValueError(f"{self.args.output_dir} has no complete checkpoint to go on from")
+            resume_from_checkpoint = str(found)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+
+def _policy_and_reference(
+    model: nn.Module, args: AspoConfig, ref_model: nn.Module | None, needs_reference: bool
+) -> tuple[nn.Module, nn.Module | None]:
+    """The model to train, and the reference (None = the policy with its adapter off, or not needed)."""
+    if isinstance(model, PeftModel):
+        if not args.use_lora or not isinstance(model.base_model, LoraModel):
+            kind = type(model.base_model).__name__
+            raise ValueError(
+                f"the model has an adapter ({kind}), and use_lora is {args.use_lora}: to train it, {MERGE}"
+            )
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(f"the start model is an adapter that is trained already; to start from it, {MERGE}")
+        return model, ref_model
+    if args.use_lora:
+        return add_lora(model, args), ref_model
+    if needs_reference and ref_model is None:
+        ref_model = copy.deepcopy(model)
+    model.requires_grad_(True)
+    if args.freeze_vision and isinstance(vision := vision_tower(model), nn.Module):
+        vision.requires_grad_(False)
+    return model, ref_model
+
+
+def vision_tower(model: nn.Module) -> nn.Module | None:
+    """The image encoder of a vision-language model, or None."""
+    encoder = model.get_encoder(modality="image")
+    return None if encoder is model or encoder is model.base_model else encoder
+
+
+def add_lora(model: nn.Module, args: AspoConfig) -> PeftModel:
+    """`model` with fresh LoRA layers, which start as no change at all."""
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=lora_targets(model, args.lora_target_modules),
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def lora_targets(model: nn.Module, names: Sequence[str] | None = None) -> str:
+    """A regular expression over module names: the linear layers of the language model, all or those named.
+
+    The vision tower has layers of the same names (q_proj, ...), and stays out; a single name that is a regular
+    expression itself is returned as it is.
+    """
+    if names and len(names) == 1 and re.search(r"[.*+?|()\[\]\\^$]", names[0]):
+        return names[0]
+    decoder = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    linear = {name.rpartition(".")[2] for name, m in decoder.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    missing = sorted(set(names or ()) - linear)
+    if missing:
+        raise ValueError(
+            f"lora_target_modules: {missing[0]!r} is no linear layer of the language model; it has "
+            f"{', '.join(sorted(linear))} (the output head cannot be adapted)"
+        )
+    return rf"{re.escape(prefix)}\.(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(names or linear)))})"
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0: of Dropout modules, and the numbers that attention layers keep."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
