@@ -8,7 +8,7 @@ docs/evaluation.md defines each figure. Nothing here knows a model, an image or 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +18,9 @@ Sums = Mapping[str, np.ndarray]  # count name -> () or (resamples,) float64
 
 YES_NO_SPLITS = ("random", "popular", "adversarial")
 STRATA = {
-    "consistent": "objects that look as usual",
-    "violating": "objects that break the prior",
-    "held_out": "held-out shape-colour pairs",
+    "consistent": "as the prior expects",
+    "violating": "against the prior",
+    "held_out": "never seen in training (also against)",
 }
 
 
@@ -33,7 +33,16 @@ class Figure:
     needs: tuple[str, ...]
     compute: Callable[[Sums], np.ndarray]
     better: str  # "lower", "higher" or "" where neither is better as such
-    percent: bool = True
+    percent: bool = True  # a share, shown in per cent; else a plain number
+
+    def show(self, value: float, signed: bool = False) -> str:
+        """`value` for people: per cent with one decimal, or a number with two; "–" where it is undefined."""
+        if not np.isfinite(value):
+            return "–"
+        text = f"{100 * value:.1f}" if self.percent else f"{value:.2f}"
+        if float(text) == 0:
+            return text.lstrip("-")
+        return ("+" if signed and value > 0 else "") + text.replace("-", "\N{MINUS SIGN}")
 
 
 def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
@@ -46,7 +55,7 @@ def _ratio(name: str, label: str, top: str, bottom: str, better: str = "", perce
 
 
 def _claim_f1(s: Sums) -> np.ndarray:
-    precision, recall = _divide(s["true_facts"], s["distinct_claims"]), _divide(s["true_facts"], s["stateable"])
+    precision, recall = _divide(s["true_facts"], s["distinct_claims"]), _divide(s["covered_facts"], s["stateable"])
     return _divide(2 * precision * recall, precision + recall)
 
 
@@ -65,36 +74,57 @@ def _yes_no(split: str) -> list[Figure]:
     ]
 
 
-FIGURES: tuple[Figure, ...] = (
-    _ratio("hallucinated_sentences", "hallucinated sentences", "false_sentences", "checkable_sentences", "lower"),
-    _ratio("hallucinated_sentences_per_item", "the same, mean per item", "item_rate", "items_with_rate", "lower"),
-    _ratio("shr", "false / all sentences (SHR-like)", "false_sentences", "sentences", "lower"),
-    _ratio("false_claims_per_item", "false claims per item", "false_claims", "judged_items", "lower", percent=False),
-    _ratio("coverage", "coverage (claim recall)", "true_facts", "stateable", "higher"),
-    _ratio("claim_precision", "claim precision", "true_facts", "distinct_claims", "higher"),
-    Figure("claim_f1", "claim F1", ("true_facts", "distinct_claims", "stateable"), _claim_f1, "higher"),
-    *(
-        _ratio(f"false_claims_{name}", f"false claims, {label}", f"false_{name}", f"claims_{name}", "lower")
+GROUPS: dict[str, tuple[Figure, ...]] = {
+    "Claims": (
+        _ratio("hallucinated_sentences", "hallucinated sentences", "false_sentences", "checkable_sentences", "lower"),
+        _ratio("hallucinated_sentences_per_item", "the same, mean per item", "item_rate", "items_with_rate", "lower"),
+        _ratio("shr", "false / all sentences (SHR-like)", "false_sentences", "sentences", "lower"),
+        _ratio(
+            "false_claims_per_item", "false claims per item", "false_claims", "judged_items", "lower", percent=False
+        ),
+        _ratio("coverage", "coverage (claim recall)", "covered_facts", "stateable", "higher"),
+        _ratio("claim_precision", "claim precision", "true_facts", "distinct_claims", "higher"),
+        Figure(
+            "claim_f1", "claim F1", ("true_facts", "distinct_claims", "covered_facts", "stateable"), _claim_f1, "higher"
+        ),
+    ),
+    "False claims by kind of object": tuple(
+        _ratio(f"false_claims_{name}", label, f"false_{name}", f"claims_{name}", "lower")
         for name, label in STRATA.items()
     ),
-    _ratio("minimal_pair_accuracy", "minimal-pair accuracy", "pairs_right", "pairs", "higher"),
-    _ratio(
-        "minimal_pair_accuracy_prior",
-        "minimal pairs, prior's value against",
-        "prior_pairs_right",
-        "prior_pairs",
-        "higher",
+    "Minimal pairs, teacher-forced": (
+        _ratio("minimal_pair_accuracy", "minimal-pair accuracy", "pairs_right", "pairs", "higher"),
+        _ratio(
+            "minimal_pair_accuracy_prior",
+            "the same, false one states the prior",
+            "prior_pairs_right",
+            "prior_pairs",
+            "higher",
+        ),
     ),
-    _ratio("chair_i", "CHAIR_i (absent / objects named)", "objects_absent", "objects_named", "lower"),
-    _ratio("chair_s", "CHAIR_s (answers with one)", "answers_with_absent", "object_answers", "lower"),
-    _ratio("object_coverage", "object coverage", "objects_found", "objects_true", "higher"),
-    *(figure for split in (*YES_NO_SPLITS, "all") for figure in _yes_no(split)),
-    _ratio("tokens", "tokens per answer", "tokens", "answers", percent=False),
-    _ratio("sentences_per_answer", "sentences per answer", "sentences", "sentence_answers", percent=False),
-    _ratio("unparseable", "unparseable sentences", "unparseable_sentences", "sentences", "lower"),
-    _ratio("duplicate", "duplicate sentences", "duplicate_sentences", "sentences", "lower"),
-    _ratio("empty", "empty answers", "empty_answers", "answers", "lower"),
-    _ratio("eos", "answers that end by themselves", "eos_answers", "answers", "higher"),
+    "Objects named": (
+        _ratio("chair_i", "CHAIR_i: absent / named", "objects_absent", "objects_named", "lower"),
+        _ratio("chair_s", "CHAIR_s: answers with an absent one", "answers_with_absent", "object_answers", "lower"),
+        _ratio("object_coverage", "object coverage", "objects_found", "objects_true", "higher"),
+    ),
+    "Yes/no questions": tuple(figure for split in (*YES_NO_SPLITS, "all") for figure in _yes_no(split)),
+    "Form": (
+        _ratio("tokens", "tokens per answer", "tokens", "answers", percent=False),
+        _ratio("sentences_per_answer", "sentences per answer", "sentences", "sentence_answers", percent=False),
+        _ratio("unparseable", "unparseable sentences", "unparseable_sentences", "sentences", "lower"),
+        _ratio("duplicate", "duplicate sentences", "duplicate_sentences", "sentences", "lower"),
+        _ratio("empty", "empty answers", "empty_answers", "answers", "lower"),
+        _ratio("eos", "answers that end by themselves", "eos_answers", "answers", "higher"),
+    ),
+}
+FIGURES = tuple(figure for group in GROUPS.values() for figure in group)
+HEADLINE = (
+    "hallucinated_sentences",
+    "false_claims_per_item",
+    "coverage",
+    "claim_f1",
+    "minimal_pair_accuracy",
+    "tokens",
 )
 BY_NAME = {figure.name: figure for figure in FIGURES}
 
@@ -127,14 +157,17 @@ class JudgedClaim:
     named_present: bool = True
 
 
-def claim_counts(claims: Sequence[JudgedClaim], sentences: Sequence[str], stateable: int, objects_true: int) -> Counts:
+def claim_counts(
+    claims: Sequence[JudgedClaim], sentences: Sequence[str], stateable: Collection[object], objects_true: int
+) -> Counts:
     """Counts of one judged answer.
 
     Args:
         claims: what the judge found. A sentence is checkable if it has a claim that is true or false, hallucinated if
             it has a false one, unparseable if it has no checkable claim at all.
         sentences: the answer's sentences, stripped and not empty, for the length and the duplicates.
-        stateable: number of distinct true facts an answer could have stated.
+        stateable: the distinct true facts that an answer is expected to state (keys as `JudgedClaim.fact`); a true
+            claim outside of them counts for precision but not for coverage.
         objects_true: number of objects of the scene.
     """
     known = [claim for claim in claims if claim.verdict in ("true", "false")]
@@ -155,7 +188,8 @@ def claim_counts(claims: Sequence[JudgedClaim], sentences: Sequence[str], statea
         "false_claims": len(false),
         "true_facts": len(true_facts),
         "distinct_claims": len(true_facts) + len({claim.fact for claim in false}),
-        "stateable": stateable,
+        "covered_facts": len(true_facts.intersection(stateable)),
+        "stateable": len(stateable),
         "unparseable_sentences": len(sentences) - len(checkable),
         "duplicate_sentences": len(sentences) - len({_normal(sentence) for sentence in sentences}),
     }
@@ -197,10 +231,12 @@ def yes_no(text: str) -> str | None:
 def yes_no_counts(answers: Sequence[tuple[str, str, str]]) -> Counts:
     """Counts of yes/no questions, each given as (split, truth, generated text); the split "all" holds every question.
 
-    Raises ValueError for a truth that is neither "yes" nor "no".
+    Raises ValueError for a truth that is neither "yes" nor "no", and for another split than POPE's three and "all".
     """
     counts: Counts = {}
     for split, truth, text in answers:
+        if split not in (*YES_NO_SPLITS, "all"):
+            raise ValueError(f"split {split!r} of a yes/no question; it must be one of {', '.join(YES_NO_SPLITS)}, all")
         if truth not in ("yes", "no"):
             raise ValueError(f'the answer of a yes/no question is {truth!r}; it must be "yes" or "no"')
         said = yes_no(text)

@@ -40,6 +40,7 @@ class Comparison:
     figures: list[Figure]
     items: int
     clusters: int
+    level: float
 
 
 def compare(
@@ -100,6 +101,7 @@ def compare(
         figures=figures,
         items=len(ids),
         clusters=len(clusters),
+        level=level,
     )
 
 
@@ -152,3 +154,30 @@ def _estimate(values: np.ndarray, level: float) -> Estimate:
     tail = 50 * (1 - level)
     low, high = np.percentile(drawn, [tail, 100 - tail])
     return Estimate(float(values[0]), float(low), float(high))
+
+
+def markdown(comparison: Comparison, names: Sequence[str] | None = None) -> str:
+    """The comparison as a Markdown table: a column per system, then one per difference, "value [low, high]".
+
+    `names` picks figures and their order; None = all. A difference whose interval excludes 0 is in bold.
+    """
+    figures = (
+        comparison.figures if names is None else [f for name in names for f in comparison.figures if f.name == name]
+    )
+    head = ["figure", *comparison.systems, *(f"{a} \N{MINUS SIGN} {b}" for a, b in comparison.differences)]
+    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for figure in figures:
+        cells = [_cell(figure, by[figure.name]) for by in comparison.systems.values()]
+        cells += [_cell(figure, by[figure.name], difference=True) for by in comparison.differences.values()]
+        rows.append([figure.label + (" (%)" if figure.percent else ""), *cells])
+    widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(figure: Figure, estimate: Estimate, difference: bool = False) -> str:
+    value, low, high = (figure.show(v, signed=difference) for v in (estimate.value, estimate.low, estimate.high))
+    return f"**{value}** [{low}, {high}]" if difference and estimate.excludes_zero else f"{value} [{low}, {high}]"

@@ -44,9 +44,11 @@ def test_claim_figures_by_hand():
         "Hm.",
         "The star is green.",
     ]
-    first = claim_counts(claims, sentences, stateable=8, objects_true=4) | answer_counts("...", tokens=30, ended=True)
+    first = claim_counts(
+        claims, sentences, stateable={"circle red", "square blue", *"abcdef"}, objects_true=4
+    ) | answer_counts("...", tokens=30, ended=True)
     # A second answer: one sentence, true.
-    second = claim_counts([_claim(0, "true", "x", named="x")], ["X."], 2, 2) | answer_counts(
+    second = claim_counts([_claim(0, "true", "x", named="x")], ["X."], {"x", "y"}, 2) | answer_counts(
         "X.", tokens=2, ended=False
     )
     figures = summarise([first, second])
@@ -75,14 +77,20 @@ def test_claim_figures_by_hand():
 
 
 def test_silence_is_not_rewarded():
-    silent = claim_counts([], [], stateable=6, objects_true=3) | answer_counts("  ", tokens=1, ended=True)
+    silent = claim_counts([], [], stateable=set(range(6)), objects_true=3) | answer_counts("  ", tokens=1, ended=True)
     figures = summarise([silent])
     assert figures["hallucinated_sentences"] is None and figures["hallucinated_sentences_per_item"] is None
     assert (figures["coverage"], figures["empty"], figures["object_coverage"]) == (0.0, 1.0, 0.0)
 
 
+def test_a_true_claim_nobody_asked_for_is_no_coverage():
+    counts = claim_counts([_claim(0, "true", "circle large"), _claim(1, "true", "a")], ["A.", "B."], {"a", "b"}, 1)
+    figures = summarise([counts])
+    assert (figures["coverage"], figures["claim_precision"]) == (0.5, 1.0)
+
+
 def test_unparseable_is_never_right():
-    counts = claim_counts([_claim(0, "unparseable", None)], ["Blub."], stateable=6, objects_true=3)
+    counts = claim_counts([_claim(0, "unparseable", None)], ["Blub."], stateable=set(range(6)), objects_true=3)
     assert counts["true_facts"] == counts["checkable_sentences"] == counts["false_sentences"] == 0
     assert summarise([counts])["unparseable"] == 1.0
 

@@ -1,0 +1,212 @@
+"""`aspo eval`: hallucination figures of a model on images whose truth is known. docs/evaluation.md defines each figure.
+
+Three kinds of rows, told apart by the truth they bring: `scene` (the embedded world), `question` + `answer` ("yes" or
+"no", as POPE has them), `objects` (names of what is there, as CHAIR has them). Each row becomes one item of counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from aspo.folder import append_line, read_lines
+from aspo.judges import JUDGES, Item, Options, Row, image_hash
+from aspo.metrics import ObjectVocabulary
+from aspo.model import load_model
+from aspo.rows import load_rows, validate_rows
+from aspo.statistics import compare, markdown
+
+
+def evaluate(
+    model: torch.nn.Module,
+    processor: Any,
+    rows: Sequence[Row],
+    options: Options | None = None,
+    *,
+    vocabulary: ObjectVocabulary | None = None,
+    done: Mapping[str, Item] | None = None,
+    save: Callable[[Sequence[Item]], None] = lambda items: None,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> list[Item]:
+    """One item per row: {"id", "key", "counts", ...}, in the rows' order.
+
+    Args:
+        rows: evaluation rows (see the module). `id` names an item (its number where it has none); rows about the same
+            image share a `cluster`.
+        vocabulary: needed for rows with `objects`.
+        done: items of an earlier run by key; a batch whose rows all are in it is not computed again.
+        save: called with the items of each batch that was computed.
+        progress: called with the number of rows after each batch.
+
+    Raises ValueError for a row without truth, or one that has `objects` where no vocabulary is given.
+    """
+    options = options or Options()
+    done = done or {}
+    kinds = [_kind(index, row, vocabulary) for index, row in enumerate(rows)]
+    identity = f"{fingerprint(model)}:{getattr(processor, 'chat_template', '')!r}"
+    items: list[Item] = []
+    for start in range(0, len(rows), options.batch_size):
+        batch = [dict(rows[i]) for i in range(start, min(start + options.batch_size, len(rows)))]
+        keys = [_key(row, identity, options, vocabulary) for row in batch]
+        if not all(key in done for key in keys):
+            results: list[Item] = [{} for _ in batch]
+            for kind, judged in JUDGES.items():
+                index = [k for k in range(len(batch)) if kinds[start + k] == kind]
+                if index:
+                    found = judged(model, processor, [batch[k] for k in index], options, start, vocabulary)
+                    for k, item in zip(index, found, strict=True):
+                        results[k] = {"key": keys[k], **item}
+            save(results)
+        else:
+            results = [done[key] for key in keys]
+        # The id is not part of the key: the same question about the same image may stand in two rows.
+        items += [
+            {**item, "id": str(row.get("id", start + k))}
+            for k, (row, item) in enumerate(zip(batch, results, strict=True))
+        ]
+        progress(len(batch))
+    return items
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A hash of all weights and buffers, adapters included: the model's identity wherever it lies."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _kind(index: int, row: Row, vocabulary: ObjectVocabulary | None) -> str:
+    if row.get("scene") is not None:
+        return "scene"
+    if row.get("question") is not None and row.get("answer") is not None:
+        return "question"
+    if row.get("objects") is not None:
+        if vocabulary is None:
+            raise ValueError(
+                f"row {index} has 'objects': give the object vocabulary, a file with its names (--objects)"
+            )
+        for name in row["objects"]:
+            vocabulary.name(name)
+        return "objects"
+    raise ValueError(
+        f"row {index} has no truth to judge an answer by: it needs 'scene', 'question' + 'answer' or 'objects'"
+    )
+
+
+def _key(row: Row, identity: str, options: Options, vocabulary: ObjectVocabulary | None) -> str:
+    """What an item depends on, as a hash: the row's content with its images, the model, the options."""
+    columns = ("prompt", "scene", "question", "answer", "objects", "split", "cluster")
+    truth = {name: row[name] for name in columns if row.get(name) is not None}
+    if "objects" in truth and vocabulary is not None:
+        truth["vocabulary"] = vocabulary.canonical
+    text = json.dumps([truth, identity, asdict(options), image_hash(row)], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+DESCRIPTION = """\
+Measure how often a model says what is not there.
+
+  aspo eval --model world --data world:test --out base.json
+  aspo eval --model world --adapter runs/aspo --data world:test --out aspo.json
+  aspo eval --model llava-hf/llava-1.5-7b-hf --data pope/ --out pope.json
+
+Rows bring their own truth: `scene` (the embedded world: descriptions judged sentence by sentence, yes/no questions,
+minimal pairs), `question` and `answer` (yes or no; `split` random, popular or adversarial), or `objects` with
+--objects (CHAIR). docs/evaluation.md defines every figure. The items are kept in --out, so that `aspo report` can
+compare systems with paired intervals. Run the same command again to go on after an interruption."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `aspo eval`."""
+    parser.description = DESCRIPTION
+    add = parser.add_argument
+    add("--model", required=True, help='folder or hub name of the model, or "world" for the embedded one')
+    add("--adapter", help="folder of a LoRA adapter to put on the model")
+    add("--data", required=True, help="evaluation rows: a folder, .jsonl, .parquet, or world:test and its other splits")
+    add("--out", required=True, type=Path, help="file to write: figures, and the items they come from, as JSON")
+    add("--objects", type=Path, help="object vocabulary for rows with `objects`: a line is `name, synonym, synonym`")
+    add("--limit", type=int, help="evaluate the first LIMIT rows only")
+    add("--batch-size", type=int, default=16, help="answers generated at a time (default: 16)")
+    add("--max-new-tokens", type=int, default=256, help="longest answer (default: 256)")
+    add("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token; above 0 samples")
+    add("--questions", type=int, help="yes/no questions for each scene of the world and split, 0 for none (default: 6)")
+    add("--minimal-pairs", type=int, help="minimal pairs for each scene, 0 for none (default: one for each object)")
+    add("--seed", type=int, default=0, help="of the world's questions, of sampling and of the intervals (default: 0)")
+    add("--dtype", help="weights' type: float32 (default), bfloat16, float16, auto")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`aspo eval`; returns 0."""
+    options = Options(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        questions=args.questions,
+        minimal_pairs=args.minimal_pairs,
+    )
+    vocabulary = None
+    if args.objects is not None:
+        vocabulary = ObjectVocabulary(args.objects.read_text(encoding="utf-8").splitlines())
+    rows = load_rows(args.data, kind="prompt", limit=args.limit)
+    validate_rows(rows, kind="prompt")
+    model, processor = (
+        load_model(args.adapter, args.dtype, base=args.model) if args.adapter else load_model(args.model, args.dtype)
+    )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    partial = args.out.with_name(args.out.name + ".partial.jsonl")
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"evaluating {args.adapter or args.model}", total=len(rows))
+        items = evaluate(
+            model,
+            processor,
+            rows,
+            options,
+            vocabulary=vocabulary,
+            done=_finished(args.out, partial),
+            save=lambda items: append_line(partial, "".join(json.dumps(item) + "\n" for item in items)),
+            progress=lambda count: bar.advance(task, count),
+        )
+    comparison = compare({"value": items}, seed=args.seed)
+    estimates = comparison.systems["value"]
+    result = {
+        "model": args.model,
+        "adapter": args.adapter,
+        "data": args.data,
+        "options": asdict(options),
+        "summary": {name: estimate.value for name, estimate in estimates.items()},
+        "intervals": {name: [estimate.low, estimate.high] for name, estimate in estimates.items()},
+    }
+    _write(args.out, result, items)
+    partial.unlink(missing_ok=True)
+    print(markdown(comparison))
+    print(f"\n{len(items)} items; 95 % bootstrap intervals; written to {args.out}")
+    return 0
+
+
+def _finished(out: Path, partial: Path) -> dict[str, Item]:
+    """Items of an earlier run by key: of its result, or of what it had done when it was stopped."""
+    items: list[Item] = json.loads(out.read_text(encoding="utf-8"))["items"] if out.is_file() else []
+    return {item["key"]: item for item in [*items, *read_lines(partial)]}
+
+
+def _write(out: Path, result: Mapping[str, Any], items: Sequence[Item]) -> None:
+    """The result, one item a line, written whole or not at all; NaN becomes null."""
+    clean = json.loads(json.dumps(result), parse_constant=lambda _: None)
+    head = json.dumps(clean, indent=1)[:-2]
+    body = ",\n".join(json.dumps(item) for item in items)
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_text(f'{head},\n "items": [\n{body}\n]}}\n', encoding="utf-8")
+    os.replace(temporary, out)

@@ -1,0 +1,242 @@
+"""`aspo eval` with a fake model whose answers are known: which counts come out, and what is computed again."""
+
+import argparse
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from aspo import evaluate as command
+from aspo import judges
+from aspo.evaluate import evaluate, fingerprint
+from aspo.folder import write_rows
+from aspo.judges import Options, scene_counts
+from aspo.metrics import ObjectVocabulary, summarise
+from aspo.model import Answer
+from aspo.world.language import judge, minimal_pairs, questions
+from aspo.world.scenes import HELD_OUT, USUAL, Scene, Thing
+from aspo_kernels import SentenceLayout
+
+HELD = next(iter(sorted(HELD_OUT)))
+SCENE = Scene(
+    (
+        Thing("circle", USUAL["circle"], "large", "top left"),
+        Thing("square", USUAL["star"], "small", "top"),
+        Thing(HELD[0], HELD[1], "small", "centre")
+        if HELD[0] not in ("circle", "square")
+        else Thing("cross", USUAL["cross"], "small", "centre"),
+        Thing("triangle", USUAL["heart"], "large", "bottom"),
+    )
+)
+
+
+def _row(index, **more):
+    return {
+        "id": f"row{index}",
+        "prompt": "Describe the picture.",
+        "images": [Image.new("RGB", (4, 4), (index, 0, 0))],
+    } | more
+
+
+class Fake:
+    """Stands in for generation and log-probabilities; counts how many rows it was asked."""
+
+    def __init__(self, answer):
+        self.answer, self.rows = answer, 0
+
+    def generate(self, model, processor, rows, **options):
+        self.rows += len(rows)
+        texts = [self.answer(row) for row in rows]
+        return [Answer(text, len(text.split()) + 1, True) for text in texts]
+
+    def logps(self, model, processor, rows, batch_size):
+        """The true sentence gets -1 a token, the false one -2 and, for its end token (not counted), +100."""
+        for row in rows:
+            labels, ids = torch.tensor([[1, 2, 9], [1, 3, 9]]), torch.zeros(2, 3, dtype=torch.long)
+            layout = SentenceLayout.from_labels(labels, ids, eos_token_id=9)
+            yield argparse.Namespace(
+                logps=torch.tensor([-1.0, -1, 0, -2, -2, 100]), layout=layout, ids=[row.get("id", "")]
+            )
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    def answer(row):
+        if not row["prompt"].startswith("Describe"):
+            return "Yes."
+        square = f"The square is {USUAL['square']}."
+        return f"The circle is {USUAL['circle']}. {square} The ring is red. Blub. {square}"
+
+    fake = Fake(answer)
+    monkeypatch.setattr(judges, "generate_answers", fake.generate)
+    monkeypatch.setattr(judges, "response_logps", fake.logps)
+    return fake
+
+
+MODEL = torch.nn.Linear(2, 2)
+
+
+def test_a_world_answer_by_hand(fake):
+    (item,) = evaluate(MODEL, None, [_row(0, scene=SCENE.to_json())])
+    figures = summarise([item["counts"]])
+    ring_there = "ring" in SCENE.by_shape
+    # true: circle; false: square (twice), ring (absent); Blub cannot be parsed.
+    assert figures["hallucinated_sentences"] == pytest.approx(3 / 4)
+    assert figures["shr"] == pytest.approx(3 / 5)
+    assert (figures["coverage"], figures["claim_precision"]) == (1 / 4, 1 / 3)
+    assert (figures["duplicate"], figures["unparseable"], figures["eos"]) == (1 / 5, 1 / 5, 1.0)
+    assert (figures["false_claims_consistent"], figures["false_claims_violating"]) == (0.0, 1.0)
+    assert figures["chair_i"] == (0 if ring_there else 1 / 4)
+    assert figures["tokens"] == 18
+    assert (figures["yes_no_accuracy_all"], figures["yes_ratio_all"]) == (0.5, 1.0)  # says yes to everything
+    assert figures["minimal_pair_accuracy"] == 1.0
+    assert item["minimal_pairs"][0]["margin"] == pytest.approx(2.0)  # the end token's +100 is not counted
+    assert item["sentences"][1] == {
+        "text": f"The square is {USUAL['square']}.",
+        "verdict": "false",
+        "true": USUAL["star"],
+    }
+
+
+def test_held_out_pairs_are_a_stratum_of_their_own():
+    shape, colour = HELD
+    scene = Scene((Thing(shape, colour, "small", "top"),))
+    counts = scene_counts(judge(f"The {shape} is {USUAL[shape]}.", scene), scene)
+    assert (counts["claims_held_out"], counts["false_held_out"]) == (1, 1)
+    assert (counts["claims_violating"], counts["false_violating"], counts["claims_consistent"]) == (1, 1, 0)
+
+
+def test_questions_are_balanced_and_limited(fake):
+    (item,) = evaluate(MODEL, None, [_row(0, scene=SCENE.to_json())], Options(questions=2, minimal_pairs=1))
+    asked = item["questions"]
+    assert [(q["split"], q["answer"]) for q in asked] == [
+        (s, a) for s in ("random", "popular", "adversarial") for a in ("yes", "no")
+    ]
+    assert all((q["question"], q["answer"]) in questions(SCENE, q["split"]) for q in asked)
+    assert [(p["true"], p["false"]) for p in item["minimal_pairs"]] == minimal_pairs(SCENE)[:1]
+
+
+def test_nothing_is_asked_where_none_is_wanted(fake):
+    (item,) = evaluate(MODEL, None, [_row(0, scene=SCENE.to_json())], Options(questions=0, minimal_pairs=0))
+    figures = summarise([item["counts"]])
+    assert fake.rows == 1 and "minimal_pair_accuracy" not in figures and "yes_no_accuracy_all" not in figures
+
+
+def test_question_rows_cluster_by_image(fake):
+    rows = [
+        _row(0, prompt="Is there a dog?", question="Is there a dog?", answer="Yes", split="random"),
+        _row(0, prompt="Is there a cat?", question="Is there a cat?", answer="no", split="popular") | {"id": "b"},
+        _row(1, prompt="Is there a dog?", question="Is there a dog?", answer="no", split="random") | {"id": "c"},
+    ]
+    items = evaluate(MODEL, None, rows)
+    figures = summarise([item["counts"] for item in items])
+    assert (figures["yes_no_accuracy_random"], figures["yes_no_accuracy_popular"]) == (0.5, 0.0)
+    assert items[0]["cluster"] == items[1]["cluster"] != items[2]["cluster"]
+
+
+def test_object_rows(fake):
+    vocabulary = ObjectVocabulary(["circle, disc", "square", "ring"])
+    (item,) = evaluate(MODEL, None, [_row(0, objects=["disc"])], vocabulary=vocabulary)
+    figures = summarise([item["counts"]])
+    assert item["named"] == ["circle", "square", "ring", "square"]
+    assert (figures["chair_i"], figures["chair_s"], figures["object_coverage"]) == (3 / 4, 1.0, 1.0)
+    assert "coverage" not in figures
+
+
+def test_a_finished_item_is_not_computed_again(fake):
+    rows = [_row(k, scene=SCENE.to_json()) for k in range(5)]
+    options = Options(batch_size=2, questions=0, minimal_pairs=0)
+    saved = []
+    items = evaluate(MODEL, None, rows, options, save=lambda batch: saved.append(list(batch)))
+    assert [len(batch) for batch in saved] == [2, 2, 1] and fake.rows == 5
+    done = {item["key"]: item for batch in saved[:2] for item in batch}
+    again = evaluate(MODEL, None, rows, options, done=done)
+    assert again == items and fake.rows == 6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: a | {"model": torch.nn.Linear(2, 2)},
+        lambda a: a | {"options": Options(seed=1)},
+        lambda a: a | {"options": Options(max_new_tokens=3)},
+        lambda a: a | {"rows": [_row(1, scene=SCENE.to_json())]},
+        lambda a: a | {"rows": [_row(0, scene=SCENE.to_json(), prompt="Describe it.")]},
+        lambda a: a | {"rows": [_row(0, scene=Scene(SCENE.things[:3]).to_json())]},
+    ],
+)
+def test_another_model_row_or_option_is_computed_again(fake, change):
+    arguments = {"model": MODEL, "rows": [_row(0, scene=SCENE.to_json())], "options": Options()}
+    done = {item["key"]: item for item in evaluate(processor=None, **arguments)}
+    before = fake.rows
+    evaluate(processor=None, done=done, **arguments)
+    assert fake.rows == before
+    evaluate(processor=None, done=done, **change(arguments))
+    assert fake.rows > before
+
+
+def test_fingerprint_sees_every_weight():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3)).bfloat16()
+    before = fingerprint(model)
+    assert fingerprint(model) == before
+    with torch.no_grad():
+        model[1].bias[2] = 1e-3
+    assert fingerprint(model) != before
+
+
+def test_rows_without_truth_are_refused(fake):
+    with pytest.raises(ValueError, match="row 1 has no truth"):
+        evaluate(MODEL, None, [_row(0, scene=SCENE.to_json()), _row(1)])
+    with pytest.raises(ValueError, match="--objects"):
+        evaluate(MODEL, None, [_row(0, objects=["dog"])])
+    with pytest.raises(ValueError, match="'zebra'"):
+        evaluate(MODEL, None, [_row(0, objects=["zebra"])], vocabulary=ObjectVocabulary(["dog"]))
+    with pytest.raises(ValueError, match="even"):
+        Options(questions=3)
+    with pytest.raises(ValueError, match=r"'hard'.*random"):
+        evaluate(MODEL, None, [_row(0, question="Is there a dog?", answer="no", split="hard")])
+
+
+def _arguments(tmp_path, **changes):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    given = {"--model": "m", "--data": str(tmp_path / "rows"), "--out": str(tmp_path / "out.json"), "--batch-size": "2"}
+    return parser.parse_args([text for pair in (given | changes).items() for text in pair])
+
+
+def test_the_command_writes_resumes_and_finishes(fake, tmp_path, monkeypatch, capsys):
+    write_rows(tmp_path / "rows", [_row(k, scene=SCENE.to_json()) for k in range(5)])
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: (MODEL, None))
+    partial = tmp_path / "out.json.partial.jsonl"
+
+    whole = fake.generate
+
+    def killed(model, processor, rows, **options):
+        if fake.rows >= 40:
+            raise KeyboardInterrupt
+        return whole(model, processor, rows, **options)
+
+    monkeypatch.setattr(judges, "generate_answers", killed)
+    with pytest.raises(KeyboardInterrupt):
+        command.run(_arguments(tmp_path))
+    kept = len(partial.read_text().splitlines())
+    assert kept in (2, 4)
+    with partial.open("a") as file:
+        file.write('{"key": "cut off')
+
+    monkeypatch.setattr(judges, "generate_answers", whole)
+    assert command.run(_arguments(tmp_path)) == 0
+    assert not partial.exists()
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [item["id"] for item in result["items"]] == [f"row{k}" for k in range(5)]
+    assert result["summary"]["hallucinated_sentences"] == pytest.approx(0.75)
+    assert result["intervals"]["hallucinated_sentences"] == [0.75, 0.75]
+    assert all(value is None or math.isfinite(value) for value in result["summary"].values())
+    assert "hallucinated sentences (%)" in capsys.readouterr().out
+
+    asked = fake.rows
+    assert command.run(_arguments(tmp_path)) == 0  # everything is known
+    assert fake.rows == asked
+    assert json.loads((tmp_path / "out.json").read_text()) == result
