@@ -43,8 +43,10 @@ CELL = 24
 """Pixels of a grid cell's side."""
 IMAGE_SIZE = 3 * CELL
 """Pixels of a rendered image's side."""
+IMAGE_TOKENS = len(PLACES)
+"""Patches of an image, one per grid cell."""
 
-_RADIUS = {"small": 6.5, "large": 9.5}  # pixels
+_RADIUS = {"small": 6.0, "large": 8.5}  # pixels
 _JITTER = 2  # an object's centre is up to so many pixels off its cell's centre, both ways
 _SUPERSAMPLE = 8  # masks are drawn this much larger, then averaged down: antialiasing
 _NOISE = 5.0  # standard deviation of the pixel noise, in 0..255
@@ -123,10 +125,10 @@ class Scene:
             raise ValueError(f"not a scene: {value!r} ({error!r}); a scene is what Scene.to_json gives") from error
 
 
-def sample_scene(rng: random.Random, prior: float | None, held_out: bool) -> Scene:
-    """One scene. `prior`: chance of each shape's usual colour, the others equally likely; None = all eight equally likely.
-    `held_out`: whether HELD_OUT pairs may occur."""
-    shapes = rng.sample(SHAPES, rng.randint(4, 6))
+def sample_scene(rng: random.Random, prior: float | None, held_out: bool, counts: tuple[int, int] = (4, 6)) -> Scene:
+    """One scene. `prior`: chance of each shape's usual colour, the others equally likely; None = all eight alike.
+    `held_out`: whether HELD_OUT pairs may occur. `counts`: the fewest and most objects."""
+    shapes = rng.sample(SHAPES, rng.randint(*counts))
     places = rng.sample(PLACES, len(shapes))
     things = []
     for shape, place in zip(shapes, places, strict=True):
@@ -144,8 +146,8 @@ def sample_scene(rng: random.Random, prior: float | None, held_out: bool) -> Sce
 def scenes(split: str, seed: int = 0, prior: float | Literal["split"] | None = "split") -> Iterator[Scene]:
     """An endless stream of distinct scenes of a split, the same for the same seed.
 
-    `prior` as in `sample_scene`, by default the split's own. Uniform scenes (`prior=None`) may hold HELD_OUT pairs: they
-    train CLIP, which is to know every pair.
+    `prior` as in `sample_scene`, by default the split's own. Uniform scenes (`prior=None`) may hold HELD_OUT
+    pairs: they train CLIP, which is to know every pair.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not of this world; use one of {', '.join(SPLITS)}")
