@@ -33,6 +33,7 @@ from aspo_kernels.tiles import (
     statistics_dtype,
     token_chunks,
     vocabulary_slices,
+    widen,
 )
 
 # exp(40): a row whose sum passes this raises its shift. Far inside fp32, and 1 / S stays far above its smallest normal
@@ -141,7 +142,9 @@ class _LinearLogps(torch.autograd.Function):
         row_grad, *kept = ctx.saved_tensors
         d_hidden = d_head = d_bias = None
         if needs_hidden:
-            d_hidden = torch.mul(row_grad, grad_logps[:, None], out=torch.empty_like(row_grad))
+            d_hidden = torch.empty_like(row_grad)
+            for chunk in token_chunks(row_grad.shape[0]):  # the fp32 product of a bf16 row and its g is a copy
+                d_hidden[chunk] = row_grad[chunk] * grad_logps[chunk, None]
         if needs_head or needs_bias:
             hidden, denominator, *how = kept
             # Scaled by a power of two, so that tiny gradients do not flush to zero in a narrow dtype.
@@ -182,18 +185,18 @@ def _forward_chunk(
 ) -> None:
     """One pass over the vocabulary for a chunk of tokens; writes its results into `out`, `row_grad` and `exps`."""
     logps, shift, denominator, target_entry = out
-    target_rows = head[y]
-    z_y, d_y = _target_logits(x, target_rows, bias, y, epilogue)
+    target_rows, wide = head[y], widen(x)
+    z_y, d_y = _target_logits(wide, target_rows, bias, y, epilogue)
     shift.copy_(z_y)
     total = torch.zeros_like(z_y)
     weighted = None if row_grad is None else torch.zeros(x.shape, dtype=z_y.dtype, device=x.device)
     for part in vocabulary_slices(head.shape[0], x.shape[0]):
-        z, derivative = _tile_logits(x, head, bias, epilogue, part)
+        z, derivative = _tile_logits(wide, head, bias, epilogue, part)
         e = _shifted_exps(z, shift, y, part)
         sums = e.sum(1)
         too_large = torch.nonzero(~(sums < MAX_SUM)).flatten()  # ~(<) also catches NaN
         if too_large.numel():
-            z = _tile_logits(x[too_large], head, bias, epilogue, part)[0]
+            z = _tile_logits(wide[too_large], head, bias, epilogue, part)[0]
             rescale = _raise_shift(e, sums, shift, too_large, z, y, part)
             total[too_large] *= rescale
             if weighted is not None:
@@ -299,7 +302,7 @@ def _recomputed_head_grads(
         d_rows = torch.zeros(part.stop - part.start, head.shape[1], dtype=shift.dtype, device=head.device)
         d_part = torch.zeros(part.stop - part.start, dtype=shift.dtype, device=head.device)
         for chunk in chunks:
-            z, derivative = _tile_logits(hidden[chunk], head, bias, epilogue, part)
+            z, derivative = _tile_logits(widen(hidden[chunk]), head, bias, epilogue, part)
             e = _shifted_exps(z, shift[chunk], targets[chunk], part)
             e = e if derivative is None else e.mul_(derivative)
             _put_at_targets(e, targets[chunk], part, target_entry[chunk])

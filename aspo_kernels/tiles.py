@@ -16,7 +16,7 @@ from torch import Tensor
 # Working memory: a tile of TOKENS x V' logits in fp32 takes TILE_BYTES, a few such buffers live at once, and they
 # should stay in a last-level cache. Measured in docs/performance.md.
 TOKENS = 2048
-TILE_BYTES = 16 * 2**20
+TILE_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -75,18 +75,21 @@ def token_chunks(tokens: int) -> list[slice]:
     return [slice(n, min(n + TOKENS, tokens)) for n in range(0, tokens, TOKENS)]
 
 
+def widen(x: Tensor) -> Tensor:
+    """The left operand of `products`: fp32 where the device has no narrow product with an fp32 result (CPUs)."""
+    return x.float() if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def products(x: Tensor, w: Tensor) -> Tensor:
-    """x @ w.T in statistics_dtype, never rounded to bf16 or fp16 on the way.  (n, H), (v, H) -> (n, v)."""
-    if x.dtype in (torch.float32, torch.float64):
-        return matmul(x, w.T)
-    if x.device.type == "cuda":
-        return torch.mm(x, w.T, out_dtype=torch.float32)
-    if x.dtype == torch.bfloat16:
-        # CPUs have no bf16 product with an fp32 result. fp32 copies of bf16 values, multiplied with leave to round
-        # the operands to bf16, are that product: exact, and on the matrix units where the CPU has them.
+    """x @ w.T in statistics_dtype, never rounded to bf16 or fp16 on the way.  x: (n, H) `widen`ed, w: (v, H)."""
+    if w.dtype == torch.bfloat16 and w.device.type == "cpu":
+        # fp32 copies of bf16 values, multiplied with leave to round the operands to bf16, are the bf16 product with
+        # an fp32 result: exact, and on the matrix units where the CPU has them. Only this slice of W is copied.
         with _bf16_operands():
-            return torch.mm(x.float(), w.T.float())
-    return matmul(x.float(), w.T.float())
+            return torch.mm(x, w.T.float())
+    if w.dtype in (torch.bfloat16, torch.float16) and w.device.type == "cuda":
+        return torch.mm(x, w.T, out_dtype=torch.float32)
+    return matmul(x, w.to(x.dtype).T)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Benchmarks: same inputs, same run, results checked before they are timed. See docs/performance.md."""
