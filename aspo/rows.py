@@ -190,6 +190,9 @@ def _to_dataset(rows: datasets.Dataset | list[Any], kind: str, root: Path) -> da
     made = [_normalise(row, index, kind, root, as_messages) for index, row in enumerate(rows)]
     columns = {c: [row.get(c) for row in made] for c in dict.fromkeys(c for row in made for c in row)}
     features = datasets.Features({c: _feature(c, values) for c, values in columns.items() if c != "images"})
+    for column, feature in features.items():
+        if isinstance(feature, datasets.Json):  # as text: its own encoder rounds floats to ten digits
+            columns[column] = [None if value is None else json.dumps(value) for value in columns[column]]
     return datasets.Dataset.from_dict(columns, features=datasets.Features({**features, "images": images}))
 
 

@@ -125,7 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `aspo score`."""
     parser.description = (
         "Cut the chosen responses of preference rows into sentences and score the similarity of each to the row's\n"
-        "image with a CLIP model. Writes a folder with the rows, chosen_sentences and chosen_similarity (raw cosines).\n"
+        "image with a CLIP model. Writes a folder with the rows, chosen_sentences and chosen_similarity (cosines).\n"
         "Run the same command again to go on after a stop: scores that are there are not made again."
     )
     parser.epilog = (

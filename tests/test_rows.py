@@ -1,0 +1,260 @@
+"""Rows: every form they come in gives the same data set; bad rows are named; the native folder survives a kill."""
+
+import json
+import math
+
+import datasets
+import pytest
+from PIL import Image
+from tiny import PROMPT, tiny_image, tiny_rows
+
+from aspo.data import append_row, load_images, load_rows, response_text, validate_rows, write_rows
+from aspo.folder import append_line, read_lines
+
+TEXT_COLUMNS = ("id", "prompt", "chosen", "rejected", "chosen_sentences", "chosen_similarity")
+
+
+def texts(rows):
+    return [{c: row[c] for c in TEXT_COLUMNS} for row in rows]
+
+
+def pixels(rows):
+    return [[image.tobytes() for image in load_images(row)] for row in rows]
+
+
+@pytest.fixture
+def native(tmp_path):
+    write_rows(tmp_path / "native", tiny_rows(5))
+    return tmp_path / "native"
+
+
+def as_native(native, tmp_path):
+    return native
+
+
+def as_jsonl(native, tmp_path):
+    (native / "other.jsonl").write_text((native / "rows.jsonl").read_text())
+    return native / "other.jsonl"
+
+
+def as_json(native, tmp_path):
+    rows = [json.loads(line) for line in (native / "rows.jsonl").read_text().splitlines()]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    return {"source": tmp_path / "rows.json", "image_root": native}
+
+
+def as_parquet(native, tmp_path):
+    load_rows(tiny_rows(5)).to_parquet(tmp_path / "rows.parquet")
+    return str(tmp_path / "rows.parquet")
+
+
+def as_parquet_folder(native, tmp_path):
+    (tmp_path / "shards").mkdir()
+    for n in range(2):
+        load_rows(tiny_rows(5)[3 * n : 3 * n + 3]).to_parquet(tmp_path / "shards" / f"{n}.parquet")
+    return tmp_path / "shards"
+
+
+def as_saved(native, tmp_path):
+    load_rows(native).save_to_disk(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def as_dataset_of_pil(native, tmp_path):
+    rows = tiny_rows(5)
+    columns = {c: [row[c] for row in rows] for c in rows[0] if c != "images"}
+    dataset = datasets.Dataset.from_dict({**columns, "image": [row["images"][0] for row in rows]})
+    return dataset.cast_column("image", datasets.Image())
+
+
+@pytest.mark.parametrize(
+    "form", [as_native, as_jsonl, as_json, as_parquet, as_parquet_folder, as_saved, as_dataset_of_pil, None]
+)
+def test_every_form_gives_the_same_rows(form, native, tmp_path):
+    source = form(native, tmp_path) if form else tiny_rows(5)
+    rows = load_rows(**source) if isinstance(source, dict) else load_rows(source)
+    validate_rows(rows)
+    assert texts(rows) == texts(tiny_rows(5))
+    assert pixels(rows) == pixels(tiny_rows(5))
+
+
+def test_limit_and_ids():
+    rows = load_rows([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3, limit=2)
+    assert rows["id"] == ["0", "1"]
+    with pytest.raises(ValueError, match="limit is 0"):
+        load_rows(tiny_rows(2), limit=0)
+
+
+def test_message_lists_and_objects_keep_their_contents(tmp_path):
+    parts = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    rows = [
+        {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}], "scene": {"a": 1}},
+        {"prompt": "And this?", "scene": {"b": [1, {"c": 0.1234567890123456}]}},
+    ]
+    rows = [
+        {**r, "chosen": [{"role": "assistant", "content": "A."}], "rejected": "B.", "image": tiny_image()} for r in rows
+    ]
+    loaded = load_rows(rows)
+    validate_rows(loaded)
+    write_rows(tmp_path, loaded)
+    for dataset in (loaded, load_rows(tmp_path)):
+        assert dataset[0]["prompt"] == rows[0]["prompt"]
+        assert dataset[1]["prompt"] == [{"role": "user", "content": "And this?"}]
+        assert dataset["scene"] == [{"a": 1}, {"b": [1, {"c": pytest.approx(0.1234567890123456, abs=1e-12)}]}]
+        assert dataset["chosen"] == ["A.", "A."]
+
+
+def test_arrow_message_lists():
+    prompt = [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]}]
+    source = datasets.Dataset.from_list([{"prompt": prompt, "chosen": "A.", "rejected": "B."}])
+    row = load_rows(source.add_column("image", ["x.png"]))[0]
+    assert row["prompt"] == prompt
+    assert row["images"][0]["path"].endswith("/x.png")
+
+
+def test_implicit_prompt_as_in_trl():
+    user = {"role": "user", "content": "Hi?"}
+    row = {
+        "chosen": [user, {"role": "assistant", "content": "A."}],
+        "rejected": [user, {"role": "assistant", "content": "B."}],
+    }
+    loaded = load_rows([row])[0]
+    assert (loaded["prompt"], loaded["chosen"], loaded["rejected"]) == ([user], "A.", "B.")
+
+
+def test_llava_rows_are_prompts(tmp_path):
+    tiny_image().save(tmp_path / "a.png")
+    turns = [
+        {"from": "human", "value": "<image>\nWhat?"},
+        {"from": "gpt", "value": "A ball."},
+        {"from": "human", "value": "?"},
+    ]
+    rows = [
+        {"id": "7", "image": "a.png", "conversations": turns},
+        {"id": 8, "conversations": [{"from": "human", "value": "Hi"}]},
+    ]
+    (tmp_path / "llava.json").write_text(json.dumps(rows))
+    loaded = load_rows(tmp_path / "llava.json", kind="prompt")
+    validate_rows(loaded, "prompt")
+    assert loaded["prompt"] == ["<image>\nWhat?", "Hi"]
+    assert loaded["id"] == ["7", "8"]
+    assert load_images(loaded[0])[0].tobytes() == tiny_image().tobytes()
+    with pytest.raises(ValueError, match=r"row 0 \(id '7'\), column 'chosen'.*aspo pairs"):
+        load_rows(tmp_path / "llava.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chosen": None}, "column 'chosen': missing"),
+        ({"chosen": " \n"}, "column 'chosen': it is empty"),
+        ({"rejected": ""}, "column 'rejected': it is empty"),
+        ({"chosen": 3}, "column 'chosen': a response must be"),
+        ({"chosen": [{"role": "user", "content": "x"}]}, "column 'chosen': a response message of role 'user'"),
+        ({"chosen": "An <image>."}, "column 'chosen': it holds '<image>'"),
+        ({"rejected": "SAME"}, "column 'rejected': it is the same text as 'chosen'"),
+        ({"prompt": None}, "column 'prompt': missing"),
+        ({"prompt": 5}, "column 'prompt': it must be a text"),
+        ({"prompt": []}, "column 'prompt': it must be a text"),
+        ({"prompt": " ", "images": []}, "column 'prompt': it is empty"),
+        ({"prompt": "<image> and <image>"}, "column 'prompt': it marks 2 images, but the row has 1"),
+        ({"prompt": "<image>", "images": None}, "column 'prompt': it marks 1 images, but the row has 0"),
+        ({"prompt": [{"role": "assistant", "content": "x"}]}, "column 'prompt': it ends with an assistant message"),
+        ({"images": ["/no/such.png"]}, "column 'images': no image file /no/such.png"),
+        ({"images": [3]}, "column 'images': an image must be"),
+        ({"chosen_sentences": [[0, 5]]}, "column 'chosen_sentences': the sentences end at character 5"),
+        ({"chosen_sentences": None}, "column 'chosen_similarity': it needs the sentences"),
+        ({"chosen_similarity": [0.1]}, "column 'chosen_similarity': 1 values for"),
+        ({"chosen_similarity": "NAN"}, "column 'chosen_similarity': value 0 is nan"),
+        ({"chosen_similarity": None}, "column 'chosen_similarity': row 0 and this one differ"),
+        ({"sample_weight": -1.0}, "column 'sample_weight': it is -1.0"),
+        ({"sample_weight": math.nan}, "column 'sample_weight': it is nan"),
+    ],
+)
+def test_validation_names_row_and_column(change, message):
+    rows = tiny_rows(4)
+    if change.get("rejected") == "SAME":
+        change = {"rejected": rows[2]["chosen"] + " "}
+    if change.get("chosen_similarity") == "NAN":
+        change = {"chosen_similarity": [math.nan] * len(rows[2]["chosen_similarity"])}
+    validate_rows(rows)
+    rows[2].update(change)
+    with pytest.raises(ValueError, match=r"row 2 \(id 'row-2'\), " + message):
+        validate_rows(rows)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "nothing", "no file or folder"),
+        (lambda p: p, "has no rows.jsonl"),
+        (lambda p: write(p / "a.csv", "x"), "unknown form '.csv'"),
+        (lambda p: write(p / "a.json", '{"a": 1}'), "holds a dict"),
+        (lambda p: write(p / "a.json", '{"a": 1}\n{"a": 2}'), "no JSON.*jsonl"),
+        (lambda p: write(p / "a.jsonl", '{"prompt": "x"}\n{"pro'), "line 2 is no JSON.*unfinished"),
+        (lambda p: write(p / "a.jsonl", "[1]\n"), "row 0 is a list"),
+        (lambda p: write(p / "a.jsonl", ""), "holds no rows"),
+        (lambda p: write(p / "a.jsonl", '{"prompt": "x", "n": 1}\n{"prompt": "y", "n": "z"}\n'), "column 'n' mixes"),
+    ],
+)
+def test_unreadable_sources(make, message, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_rows(make(tmp_path), kind="prompt")
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_dataset_dict_asks_for_a_split(tmp_path):
+    datasets.DatasetDict({"train": load_rows(tiny_rows(2))}).save_to_disk(tmp_path / "d")
+    with pytest.raises(ValueError, match=r"holds the splits \['train'\]: name one"):
+        load_rows(tmp_path / "d")
+    assert len(load_rows(tmp_path / "d" / "train")) == 2
+
+
+def test_unreadable_image_is_named(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"bad\.png cannot be read"):
+        load_images({"images": ["bad.png"]}, root=tmp_path)
+
+
+def test_images_become_rgb():
+    grey = Image.new("L", (4, 4), 7)
+    assert load_images({"image": grey})[0].getpixel((0, 0)) == (7, 7, 7)
+
+
+@pytest.mark.parametrize(
+    "value", [{"from": "gpt", "value": "A."}, [{"role": "assistant", "content": [{"type": "text", "text": "A."}]}]]
+)
+def test_response_text(value):
+    assert response_text(value) == "A."
+
+
+def test_append_after_a_kill_cuts_the_torn_line(tmp_path):
+    rows = tiny_rows(3)
+    append_row(tmp_path, rows[0])
+    append_row(tmp_path, rows[1])
+    whole = (tmp_path / "rows.jsonl").read_bytes()
+    for torn in (whole[:-1], whole[:-20], whole + b'{"id": "\xc3'):
+        (tmp_path / "rows.jsonl").write_bytes(torn)
+        kept = [row["id"] for row in read_lines(tmp_path / "rows.jsonl")]
+        append_row(tmp_path, rows[2])
+        assert load_rows(tmp_path)["id"] == [*kept, "row-2"]
+
+
+def test_append_line_to_nothing_but_a_torn_line(tmp_path):
+    (tmp_path / "f").write_bytes(b'{"a"')
+    append_line(tmp_path / "f", '{"b": 1}\n')
+    assert list(read_lines(tmp_path / "f")) == [{"b": 1}]
+
+
+def test_equal_images_are_stored_once(tmp_path):
+    rows = [{"prompt": PROMPT, "chosen": "A.", "rejected": "B.", "image": tiny_image()} for _ in range(3)]
+    write_rows(tmp_path / "a", rows)
+    write_rows(tmp_path / "b", load_rows(tmp_path / "a"))
+    write_rows(tmp_path / "b", load_rows(tmp_path / "b"))  # in place
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        assert len(list((folder / "images").iterdir())) == 1
+        assert len({json.loads(line)["images"][0] for line in (folder / "rows.jsonl").open()}) == 1
