@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -36,11 +36,6 @@ UNSUPPORTED = {
 }
 
 
-def _help(group: str, text: str) -> dict[str, str]:
-    """A field's metadata: its help text and the heading under which `aspo train --help` shows it."""
-    return {"help": text, "group": group}
-
-
 @dataclass
 class AspoConfig(TrainingArguments):
     """Options of `AspoTrainer` and `aspo train`; docs/training.md describes them all.
@@ -49,120 +44,112 @@ class AspoConfig(TrainingArguments):
     supported.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "objective_kwargs"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "objective_kwargs"]  # noqa: RUF012  the base's spelling
 
     # Model
     model_name_or_path: str | None = field(
-        default=None, metadata=_help("model", "Folder or hub name of the start model; 'world' = embedded.")
+        default=None, metadata={"help": "Folder or hub name of the start model; 'world' = embedded."}
     )
     dtype: str | None = field(
         default=None,
-        metadata=_help(
-            "model",
-            "Weights' type: float32, bfloat16, float16 or auto (as saved). Default: bfloat16 for LoRA on an "
-            "accelerator, float32 otherwise.",
-        ),
+        metadata={
+            "help": "Weights' type: float32, bfloat16, float16 or auto (as saved). Default: bfloat16 for LoRA on an "
+            "accelerator, float32 otherwise."
+        },
     )
     attn_implementation: str | None = field(
-        default=None, metadata=_help("model", "Attention of transformers: sdpa, eager, flash_attention_2.")
+        default=None, metadata={"help": "Attention of transformers: sdpa, eager, flash_attention_2."}
     )
-    freeze_vision: bool = field(
-        default=True, metadata=_help("model", "Keep the vision tower as it is in full fine-tuning.")
-    )
-    disable_dropout: bool = field(default=True, metadata=_help("model", "Turn the model's dropout off."))
+    freeze_vision: bool = field(default=True, metadata={"help": "Keep the vision tower as it is in full fine-tuning."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Turn the model's dropout off."})
 
     # Data
     train_data: str | None = field(
-        default=None, metadata=_help("data", "Preference rows: folder, .jsonl, .json, .parquet, or saved dataset.")
+        default=None, metadata={"help": "Preference rows: folder, .jsonl, .json, .parquet, or saved dataset."}
     )
     eval_data: str | None = field(
-        default=None, metadata=_help("data", "Rows for the loss and rewards during training (with --eval_strategy).")
+        default=None, metadata={"help": "Rows for the loss and rewards during training (with --eval_strategy)."}
     )
     max_length: int | None = field(
-        default=2048, metadata=_help("data", "Most tokens of a row; only the response is ever cut.")
+        default=2048, metadata={"help": "Most tokens of a row; only the response is ever cut."}
     )
 
     # Objective
     loss_type: list[str] = field(
         default_factory=lambda: ["aspo"],
-        metadata=_help("objective", "Objective(s): aspo, dpo, ipo, hinge, simpo, sft, or registered ones."),
+        metadata={"help": "Objective(s): aspo, dpo, ipo, hinge, simpo, sft, or registered ones."},
     )
     loss_weights: list[float] | None = field(
-        default=None, metadata=_help("objective", "One weight for each loss_type. Default: 1 for each.")
+        default=None, metadata={"help": "One weight for each loss_type. Default: 1 for each."}
     )
     beta: float | None = field(
-        default=None, metadata=_help("objective", "Reward scale: reward = beta * log-ratio. Default: the objective's.")
+        default=None, metadata={"help": "Reward scale: reward = beta * log-ratio. Default: 0.1 (simpo: 2)."}
     )
     alpha: float | None = field(
-        default=None, metadata=_help("objective", "aspo: share of similarity in a sentence's weight, [0, 1].")
+        default=None, metadata={"help": "aspo: share of similarity in a sentence's weight, [0, 1]. Default: 0.5."}
     )
     normalizer: str | None = field(
-        default=None, metadata=_help("objective", "aspo: R_c/R_c*, one of sentence, token, none, reward.")
+        default=None, metadata={"help": "aspo: R_c/R_c*, one of sentence, token, none, reward. Default: sentence."}
     )
     perplexity: str | None = field(
-        default=None, metadata=_help("objective", "aspo: whose perplexity, policy or reference.")
+        default=None, metadata={"help": "aspo: whose perplexity, policy or reference. Default: policy."}
     )
-    perplexity_scale: str | None = field(default=None, metadata=_help("objective", "aspo: min-max over ppl or nll."))
+    perplexity_scale: str | None = field(
+        default=None, metadata={"help": "aspo: min-max over ppl or nll. Default: ppl."}
+    )
     label_smoothing: float | None = field(
-        default=None, metadata=_help("objective", "dpo: share of pairs taken to be swapped, [0, 0.5).")
+        default=None, metadata={"help": "dpo: share of pairs taken to be swapped, [0, 0.5). Default: 0."}
     )
-    gamma: float | None = field(default=None, metadata=_help("objective", "simpo: target margin."))
+    gamma: float | None = field(default=None, metadata={"help": "simpo: target margin. Default: 1."})
     objective_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata=_help("objective", "Further options of an objective of your own, as JSON.")
+        default=None, metadata={"help": "Further options of an objective of your own, as JSON."}
     )
     plugins: list[str] | None = field(
-        default=None, metadata=_help("objective", "Modules or .py files to import first, e.g. your objective.")
+        default=None, metadata={"help": "Modules or .py files to import first, e.g. your objective."}
     )
 
     # LoRA
     use_lora: bool = field(
-        default=True, metadata=_help("LoRA", "Train LoRA adapters; the reference is the model without them.")
+        default=True, metadata={"help": "Train LoRA adapters; the reference is the model without them."}
     )
-    lora_r: int | None = field(default=None, metadata=_help("LoRA", "Rank. Default: 16."))
+    lora_r: int | None = field(default=None, metadata={"help": "Rank. Default: 16."})
     lora_alpha: int | None = field(
-        default=None, metadata=_help("LoRA", "Scale: the update is multiplied by lora_alpha / lora_r. Default: 32.")
+        default=None, metadata={"help": "Scale: the update is multiplied by lora_alpha / lora_r. Default: 32."}
     )
-    lora_dropout: float | None = field(default=None, metadata=_help("LoRA", "Dropout before the adapters. Default: 0."))
+    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout before the adapters. Default: 0."})
     lora_target_modules: list[str] | None = field(
         default=None,
-        metadata=_help(
-            "LoRA",
-            "Layer names within the language model, e.g. q_proj v_proj, or one regular expression over full module "
-            "names. Default: all its linear layers.",
-        ),
+        metadata={
+            "help": "Layers of the language model, e.g. q_proj v_proj, or one regular expression over full module "
+            "names. Default: all its linear layers."
+        },
     )
 
     # Trainer options with other defaults than transformers'
     learning_rate: float = field(
-        default=2e-5, metadata=_help("training", "Peak learning rate of AdamW; full fine-tuning wants about 1e-6.")
+        default=2e-5, metadata={"help": "Peak learning rate of AdamW; full fine-tuning wants about 1e-6."}
     )
-    num_train_epochs: float = field(default=1.0, metadata=_help("training", "Passes over the pairs."))
-    per_device_train_batch_size: int = field(default=2, metadata=_help("training", "Pairs in one forward pass."))
-    per_device_eval_batch_size: int = field(
-        default=2, metadata=_help("training", "Pairs in one forward pass of an evaluation.")
-    )
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the pairs."})
+    per_device_train_batch_size: int = field(default=2, metadata={"help": "Pairs in one forward pass."})
+    per_device_eval_batch_size: int = field(default=2, metadata={"help": "Pairs in one forward pass of an evaluation."})
     lr_scheduler_type: str = field(
-        default="cosine", metadata=_help("training", "Learning-rate schedule: cosine, linear, constant, ...")
+        default="cosine", metadata={"help": "Learning-rate schedule: cosine, linear, constant, ..."}
     )
     logging_steps: float = field(
-        default=10, metadata=_help("training", "Steps between two lines of metrics (below 1: share of the run).")
+        default=10, metadata={"help": "Steps between two lines of metrics (below 1: share of the run)."}
     )
     save_steps: float = field(
-        default=100, metadata=_help("training", "Steps between two checkpoints (below 1: share of the run).")
+        default=100, metadata={"help": "Steps between two checkpoints (below 1: share of the run)."}
     )
-    save_total_limit: int | None = field(default=2, metadata=_help("training", "Checkpoints kept."))
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     resume_from_checkpoint: str | None = field(
         default="auto",
-        metadata=_help(
-            "training", "auto = go on from output_dir's last complete checkpoint, if any; or a checkpoint's folder."
-        ),
+        metadata={"help": "auto = go on from output_dir's last complete checkpoint, if any; or a checkpoint's folder."},
     )
     remove_unused_columns: bool = field(
-        default=False, metadata=_help("transformers", "Must stay off: the collator reads all columns.")
+        default=False, metadata={"help": "Must stay off: the collator reads all columns."}
     )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata=_help("transformers", "Leave NaN and inf losses out of the log.")
-    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN and inf losses out of the log."})
 
     def __post_init__(self) -> None:
         for plugin in self.plugins or ():
@@ -171,6 +158,7 @@ class AspoConfig(TrainingArguments):
             self.loss_type = [self.loss_type]
         self.loss_type = [TRL_NAMES.get(name, name) for name in self.loss_type]
         super().__post_init__()
+        self.dataloader_pin_memory &= torch.accelerator.is_available() and not self.use_cpu  # else torch warns
         self._refuse_unsupported()
         self._settle_objective()
         self._settle_lora()
@@ -198,6 +186,8 @@ class AspoConfig(TrainingArguments):
             )
         objective = self.objective()
         given = [name for name in OBJECTIVE_OPTIONS if getattr(self, name) is not None]
+        if isinstance(self.objective_kwargs, str):
+            raise ValueError(f"objective_kwargs is {self.objective_kwargs!r}; write JSON, e.g. '{{\"margin\": 0.5}}'")
         objective.check_options([*given, *(self.objective_kwargs or {})])
         for name in set(OBJECTIVE_OPTIONS) & set(objective.options):
             if getattr(self, name) is None:
@@ -232,7 +222,8 @@ class AspoConfig(TrainingArguments):
         """The keyword options to call the objective with."""
         takes = self.objective().options
         options = {name: getattr(self, name) for name in OBJECTIVE_OPTIONS if name in takes}
-        return {**options, **dict(self.objective_kwargs or {})}
+        assert not isinstance(self.objective_kwargs, str)  # parsed in __post_init__
+        return {**options, **(self.objective_kwargs or {})}
 
     def weights_dtype(self) -> str:
         """What `dtype` means where it is not given: full fine-tuning needs fp32 weights, or small updates vanish."""

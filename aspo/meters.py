@@ -1,4 +1,4 @@
-"""Means over a logging window: what a trainer logs, averaged by pairs and by sentences instead of by batches.
+"""What a trainer logs: means over a logging window by pairs and by sentences, and a short line for the terminal.
 
 Axes: B pairs, S sentences, R responses.
 """
@@ -6,9 +6,12 @@ Axes: B pairs, S sentences, R responses.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
 from aspo_kernels import objectives
 from aspo_kernels.aspo import sentence_nll
@@ -80,3 +83,30 @@ def record(meters: Meters, inputs: objectives.Inputs, result: objectives.Result)
     meters.add("sentences/per_response", layout.response_offsets.diff()[layout.with_role(0)])
     if inputs.similarity is not None:
         meters.add("sentences/similarity", inputs.similarity)
+
+
+def log_line(step: int, logs: Mapping[str, Any]) -> str:
+    """One short line of a log entry; everything is in log_history.json."""
+    prefix = "eval_" if "eval_loss" in logs else ""
+    parts = [f"step {step}" + (" evaluation" if prefix else "")]
+    for name, key, form in (
+        ("loss", "loss", ".4f"),
+        ("rewards", "rewards/chosen", "+.3f"),
+        ("/", "rewards/rejected", "+.3f"),
+        ("accuracy", "rewards/accuracies", ".2f"),
+        ("weight", "sentences/weight_mean", ".2f"),
+        ("lr", "learning_rate", ".1e"),
+    ):
+        if prefix + key in logs:
+            parts.append(f"{name} {logs[prefix + key]:{form}}")
+    return "  ".join(parts).replace("  / ", " / ")
+
+
+class Progress(ProgressCallback):
+    """Trainer's progress bar, with `log_line` instead of the whole entry."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if self.training_bar is not None and logs and ("loss" in logs or "eval_loss" in logs):
+            self.training_bar.write(log_line(state.global_step, logs))

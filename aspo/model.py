@@ -77,8 +77,8 @@ def load_model(
     sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     auto_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     model = auto_class.from_pretrained(path, dtype=parse_dtype(dtype), attn_implementation=attn_implementation)
-    model.to(default_device() if device is None else device).eval()
-    return model, AutoProcessor.from_pretrained(path)
+    moved: Any = model.to(default_device() if device is None else device)  # type: ignore[arg-type]
+    return moved.eval(), AutoProcessor.from_pretrained(path)
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
@@ -106,7 +106,7 @@ def _load_adapter(
     return model, AutoProcessor.from_pretrained(path) if has_own else processor
 
 
-def base_model(model: nn.Module) -> PreTrainedModel:
+def base_model(model: nn.Module) -> Any:
     """The transformers model inside a PeftModel (its LoRA layers still in place), or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
@@ -254,7 +254,7 @@ def generate_answers(
 
 
 def _answer_batch(
-    model: PreTrainedModel,
+    model: Any,
     processor: Any,
     rows: Sequence[Mapping[str, Any]],
     config: GenerationConfig,

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, ProgressCallback, TrainingArguments
 
-from aspo.config import AspoConfig
+from aspo.config import LORA_DEFAULTS, OBJECTIVE_OPTIONS, AspoConfig
 from aspo.data import load_rows, validate_rows
+from aspo.meters import Progress
 from aspo.model import load_model, resolve_model
 from aspo.resume import Interrupt, differences, is_complete, last_checkpoint, write_json
 from aspo.trainer import AspoTrainer
@@ -32,23 +33,22 @@ DESCRIPTION = """Train a model on preference pairs.
 Rows have TRL's columns (prompt, chosen, rejected, images); `aspo score` adds the similarity that alpha > 0 uses.
 output_dir gets checkpoints, the final adapter or model with its processor, run.json and log_history.json. The same
 command run again goes on from the last complete checkpoint; Ctrl-C finishes the step, saves and stops."""
+USAGE = "aspo train [--config FILE] --model_name_or_path MODEL --train_data ROWS --output_dir FOLDER [options]"
 EPILOG = "All options of transformers' TrainingArguments are taken too (--help-all lists them)."
-COMMON = (  # transformers' own options that --help shows as they are
-    "output_dir",
-    "max_steps",
-    "gradient_accumulation_steps",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "optim",
-    "bf16",
-    "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing",
-    "eval_strategy",
-    "eval_steps",
-    "seed",
-    "report_to",
-    "use_cpu",
-)
+CHECKPOINTING = "activation_checkpointing"  # gradient_checkpointing in older transformers
+GROUPS = {  # the options that --help shows, in this order; the others are in --help-all
+    "model": ("model_name_or_path", "dtype", "attn_implementation", "freeze_vision", "disable_dropout"),
+    "data": ("train_data", "eval_data", "max_length"),
+    "objective": ("loss_type", "loss_weights", *OBJECTIVE_OPTIONS, "objective_kwargs", "plugins"),
+    "LoRA": ("use_lora", *LORA_DEFAULTS),
+    "training": (
+        *("output_dir", "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
+        *("gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim"),
+        *("bf16", CHECKPOINTING if hasattr(TrainingArguments, CHECKPOINTING) else "gradient_checkpointing", "seed"),
+        *("use_cpu", "logging_steps", "report_to", "eval_strategy", "eval_steps", "per_device_eval_batch_size"),
+        *("save_steps", "save_total_limit", "resume_from_checkpoint"),
+    ),
+}
 FINISHED = "finished"
 # Options that may differ between a run and its continuation, by prefix: they change nothing in the weights.
 FREE_ON_RESUME = (
@@ -84,43 +84,38 @@ FREE_ON_RESUME = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All options of AspoConfig; ours come first in --help, the rest only in --help-all."""
-    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    parser.description, parser.epilog, parser.usage = DESCRIPTION, EPILOG, USAGE
     show_all = "--help-all" in sys.argv
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags win over it")
     parser.add_argument("--help-all", action="help", help="show every option, transformers' too")
-    groups: dict[str, argparse._ArgumentGroup] = {}
     hints = get_type_hints(AspoConfig)
-    for option in sorted(dataclasses.fields(AspoConfig), key=_help_order):
-        group = option.metadata.get("group", "training" if option.name in COMMON else "transformers")
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        option.type = hints[option.name]
-        before = len(parser._actions)
-        HfArgumentParser._parse_dataclass_field(groups[group], option)  # type: ignore[arg-type]
-        for action in parser._actions[before:]:
-            _tidy(action, hidden=group == "transformers" and not show_all)
-
-
-def _help_order(option: dataclasses.Field) -> int:
-    if option.name in COMMON:
-        return 1
-    return 0 if option.metadata.get("group", "transformers") != "transformers" else 2
+    options = {option.name: option for option in dataclasses.fields(AspoConfig)}
+    shown = {name for names in GROUPS.values() for name in names}
+    rest = tuple(name for name in options if name not in shown)
+    for title, names in {**GROUPS, "transformers": rest}.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            options[name].type = hints[name]
+            before = len(parser._actions)
+            HfArgumentParser._parse_dataclass_field(group, options[name])  # type: ignore[arg-type]
+            for action in parser._actions[before:]:
+                _tidy(action, hidden=name in rest and not show_all)
 
 
 def _tidy(action: argparse.Action, hidden: bool) -> None:
     """Leave options that were not given out of the namespace; one spelling and the default in the help."""
     default = action.default
     action.default = argparse.SUPPRESS
-    negative = any(flag.startswith("--no_") for flag in action.option_strings)
-    if hidden or negative:
+    if hidden or action.option_strings[0].startswith("--no_"):
         action.help = argparse.SUPPRESS
         return
     text = (action.help or "").strip()
     if default not in (None, argparse.SUPPRESS, "", []):
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        text = f"{text} Default: {shown}{' (--no_' + action.dest + ' turns it off)' if default is True else ''}."
+        value = " ".join(map(str, default)) if isinstance(default, list) else getattr(default, "value", default)
+        text = f"{text} Default: {value}" + (f" (--no_{action.dest} turns it off)." if default is True else ".")
     action.help = text.replace("%%", "%").replace("%", "%%")
-    action.metavar = {bool: "BOOL"}.get(action.type, "VALUE")  # type: ignore[call-overload]
+    action.option_strings = action.option_strings[:1]  # the spelling with dashes is understood, but not shown
+    action.metavar = "VALUE"
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -181,10 +176,12 @@ def train(config: AspoConfig) -> None:
 
     A finished run is left alone. Raises ValueError on bad rows, and where output_dir holds a run of other settings.
     """
-    rows = _load(config.train_data, config)
-    eval_rows = _load(config.eval_data, config) if config.eval_data else None
+    rows = _load(config.train_data)
+    eval_rows = _load(config.eval_data) if config.eval_data else None
+    path = Path(str(config.output_dir)) / "run.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     record = run_record(config, rows)
-    checkpoint = _checkpoint(config, record)
+    checkpoint = _checkpoint(config, before, record)
     if checkpoint == FINISHED:
         print(f"{config.output_dir} is finished; choose another --output_dir to train again", file=sys.stderr)
         return
@@ -192,27 +189,29 @@ def train(config: AspoConfig) -> None:
         config.model_name_or_path or "", config.weights_dtype(), attn_implementation=config.attn_implementation
     )
     trainer = AspoTrainer(model, config, rows, eval_rows, processor)
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in trainer.model.parameters())
+    sizes = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
+    trainable, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
     print(
         f"{' + '.join(config.loss_type)} on {len(rows):,} pairs; {trainable:,} of {total:,} parameters train; "
         + (f"going on from {checkpoint}" if checkpoint else f"results in {config.output_dir}"),
         file=sys.stderr,
     )
-    path = Path(config.output_dir) / "run.json"
+    trainer.remove_callback(ProgressCallback)
+    if not config.disable_tqdm:
+        trainer.add_callback(Progress())
+    record["started"] = before["started"] if before and checkpoint else record["started"]
     write_json(path, record)
     with Interrupt() as interrupt:
         trainer.add_callback(interrupt)
         result = trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.state.global_step < trainer.state.max_steps:
-        assert interrupt.requested, "training ended early, though nothing asked for it"
+    if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
     trainer.save_model()
     trainer.save_state()
     write_json(path, {**record, "finished": _now(), "steps": result.global_step, "metrics": result.metrics})
 
 
-def _load(source: str | None, config: AspoConfig) -> Any:
+def _load(source: str | None) -> Any:
     rows = load_rows(source)
     validate_rows(rows, "preference")
     return rows
@@ -245,7 +244,7 @@ def fingerprint(rows: Any) -> str:
     return digest.hexdigest()
 
 
-def _checkpoint(config: AspoConfig, record: Mapping[str, Any]) -> str | None:
+def _checkpoint(config: AspoConfig, before: Mapping[str, Any] | None, record: Mapping[str, Any]) -> str | None:
     """The checkpoint to go on from, None to begin, or FINISHED."""
     folder = Path(config.output_dir or "")
     if config.resume_from_checkpoint not in (None, "auto"):
@@ -253,7 +252,6 @@ def _checkpoint(config: AspoConfig, record: Mapping[str, Any]) -> str | None:
         if not is_complete(chosen):
             raise ValueError(f"resume_from_checkpoint: {chosen} is no complete checkpoint")
         return str(chosen)
-    before = _read_record(folder / "run.json")
     if before is None:
         if last_checkpoint(folder):
             raise ValueError(f"{folder} holds checkpoints of something else (no run.json); choose another --output_dir")
@@ -270,10 +268,6 @@ def _checkpoint(config: AspoConfig, record: Mapping[str, Any]) -> str | None:
         return FINISHED
     found = last_checkpoint(folder)
     return None if found is None else str(found)
-
-
-def _read_record(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _now() -> str:

@@ -54,6 +54,8 @@ class AspoTrainer(Trainer):
     micro-batches. Raises ValueError for what is not supported, see `AspoConfig`.
     """
 
+    args: AspoConfig
+    model: Any
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole accumulation window
 
     def __init__(
@@ -77,7 +79,7 @@ class AspoTrainer(Trainer):
             raise ValueError("processing_class is missing: pass the model's processor (or tokenizer)")
         if len(set(getattr(base_model(model), "hf_device_map", None) or {"": 0}.values())) > 1:
             raise ValueError("the model is spread over several devices, which is not supported yet; load it on one")
-        self.objective = args.objective()
+        self.objective: objectives.Objective = args.objective()
         self.objective_options = args.objective_options()
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,))):
             if dataset is not None and len(dataset):
@@ -132,7 +134,7 @@ class AspoTrainer(Trainer):
     def _logps(self, inputs: Mapping[str, Any], layout: Any, reference: bool) -> Tensor:
         """(N,) log-probabilities of the counted tokens under the policy or its reference."""
         policy = self.accelerator.unwrap_model(self.model)
-        model = self.ref_model if reference and self.ref_model is not None else policy
+        model: Any = self.ref_model if reference and self.ref_model is not None else policy
         with contextlib.ExitStack() as stack:
             if reference:
                 stack.enter_context(inference(model))
@@ -206,23 +208,29 @@ class AspoTrainer(Trainer):
         self, model: nn.Module, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
         """The mean loss of a batch; predictions would be logits, which are never built."""
-        inputs = self._prepare_inputs(inputs)  # type: ignore[arg-type]
+        inputs = dict(self._prepare_inputs(dict(inputs)))
+        layout: Any = inputs["layout"]
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
-        pairs = inputs["layout"].num_items
+        pairs = layout.num_items
         self._eval_loss = (self._eval_loss[0] + float(loss) * pairs, self._eval_loss[1] + pairs)
         return loss, None, None
 
     def evaluation_loop(
-        self, *args: Any, metric_key_prefix: str = "eval", ignore_keys: Any = None, **kwargs: Any
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Trainer's loop; the loss and the metrics are means over pairs, whatever the last batch's size."""
         self._eval_loss = (0.0, 0)
         self._meters["eval"] = Meters()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, ignore_keys=ignore_keys, **kwargs)
+        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._meters["eval"].drain().items()}
         loss = {f"{metric_key_prefix}_loss": self._eval_loss[0] / max(self._eval_loss[1], 1)}
-        return output._replace(metrics={**output.metrics, **loss, **metrics})
+        return output._replace(metrics={**(output.metrics or {}), **loss, **metrics})
 
     # ---- logging ----
 
@@ -261,14 +269,14 @@ class AspoTrainer(Trainer):
 
     # ---- checkpoints ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's train; True goes on from the last *complete* checkpoint of output_dir."""
         if resume_from_checkpoint is True:
-            found = last_checkpoint(self.args.output_dir)
+            found = last_checkpoint(str(self.args.output_dir))
             if found is None:
                 raise ValueError(f"{self.args.output_dir} has no complete checkpoint to go on from")
             resume_from_checkpoint = str(found)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
 
 def _policy_and_reference(
@@ -294,27 +302,27 @@ def _policy_and_reference(
     return model, ref_model
 
 
-def vision_tower(model: nn.Module) -> nn.Module | None:
+def vision_tower(model: Any) -> nn.Module | None:
     """The image encoder of a vision-language model, or None."""
     encoder = model.get_encoder(modality="image")
     return None if encoder is model or encoder is model.base_model else encoder
 
 
-def add_lora(model: nn.Module, args: AspoConfig) -> PeftModel:
+def add_lora(model: Any, args: AspoConfig) -> PeftModel:
     """`model` with fresh LoRA layers, which start as no change at all."""
     return get_peft_model(
         model,
         LoraConfig(
-            r=args.lora_r,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
+            r=args.lora_r or 0,
+            lora_alpha=args.lora_alpha or 0,
+            lora_dropout=args.lora_dropout or 0.0,
             target_modules=lora_targets(model, args.lora_target_modules),
             task_type="CAUSAL_LM",
         ),
     )
 
 
-def lora_targets(model: nn.Module, names: Sequence[str] | None = None) -> str:
+def lora_targets(model: Any, names: Sequence[str] | None = None) -> str:
     """A regular expression over module names: the linear layers of the language model, all or those named.
 
     The vision tower has layers of the same names (q_proj, ...), and stays out; a single name that is a regular
