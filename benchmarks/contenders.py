@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import aspo_kernels
+from aspo.torchvision_cpu import import_torchvision
 
 PerToken = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -52,7 +53,7 @@ def ours_recompute(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 
 def _trl() -> Contender:
-    import aspo  # noqa: F401  a torchvision that imports, before transformers
+    import_torchvision()  # before transformers is imported
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
@@ -76,7 +77,7 @@ def _torch_linear_cross_entropy() -> Contender:
 
 
 def _liger() -> Contender:
-    import aspo  # noqa: F401
+    import_torchvision()
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     function = LigerFusedLinearDPOLoss(compiled=False, use_ref_model=False)

@@ -1,0 +1,44 @@
+# `make demo` is the main job and `make test` the tests; both make their own virtual environment in $(VENV).
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint bench smoke clean
+
+demo: $(VENV)/.train  ## pairs -> score -> train DPO and ASPO -> eval -> report, on the embedded world
+	$(BIN)/aspo demo --out runs/demo
+
+test: $(VENV)/.dev  ## every test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev  ## the loss head against its peers; rewrites benchmarks/results and the README's tables
+	$(BIN)/python -m benchmarks.head
+	$(BIN)/python -m benchmarks.readme
+
+smoke: $(VENV)/.dev  ## each benchmark and the demo, small
+	$(BIN)/python -m benchmarks.head --smoke
+	$(BIN)/python -m benchmarks.readme --check
+	$(BIN)/python -m pytest benchmarks --benchmark-disable -k "bf16-random"
+	$(BIN)/aspo demo --quick --out $$(mktemp -d)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# torch first and pinned: an unpinned torch, asked for by another package, could be another build.
+$(VENV)/.train: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e '.[train]'
+	touch $@
+
+# Liger's kernels are compared on the CPU, where it runs without the triton that its package asks for.
+$(VENV)/.dev: $(VENV)/.train
+	$(PIP) -e '.[train,dev]' pytest-benchmark trl
+	$(PIP) --no-deps liger-kernel
+	touch $@
