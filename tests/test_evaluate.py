@@ -7,14 +7,16 @@ import math
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny_llava
 
 from aspo import evaluate as command
 from aspo import judges
 from aspo.evaluate import evaluate, fingerprint
-from aspo.folder import write_rows
+from aspo.folder import load_images, write_rows
 from aspo.judges import Options, scene_counts
 from aspo.metrics import ObjectVocabulary, summarise
-from aspo.model import Answer
+from aspo.model import Answer, load_model
+from aspo.rows import load_rows
 from aspo.world.language import judge, minimal_pairs, questions
 from aspo.world.scenes import HELD_OUT, USUAL, Scene, Thing
 from aspo_kernels import SentenceLayout
@@ -175,6 +177,31 @@ def test_another_model_row_or_option_is_computed_again(fake, change):
     assert fake.rows == before
     evaluate(processor=None, done=done, **change(arguments))
     assert fake.rows > before
+
+
+def test_a_real_model_end_to_end(tmp_path):
+    """A tiny LLaVA on scenes of the world; one margin is worked out again from the model's own logits."""
+    model, processor = load_model(tiny_llava(tmp_path))
+    rows = load_rows("world:validation", kind="prompt", limit=3)
+    options = Options(max_new_tokens=6, questions=2, minimal_pairs=2, batch_size=2)
+    items = evaluate(model, processor, rows, options)
+    assert [item["id"] for item in items] == rows["id"]
+    assert all(item["counts"]["pairs"] == 2 and item["counts"]["all_asked"] == 6 for item in items)
+    assert all(1 <= item["counts"]["tokens"] <= 6 for item in items)
+
+    pair = items[2]["minimal_pairs"][1]
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": rows[2]["prompt"]}]}],
+        add_generation_prompt=True,
+    )
+    total = {}
+    for kind in ("true", "false"):
+        count = len(processor.tokenizer(pair[kind], add_special_tokens=False).input_ids)
+        inputs = processor(text=[prompt + pair[kind]], images=[load_images(rows[2])], return_tensors="pt")
+        with torch.no_grad():
+            logps = model(**inputs).logits[0, :-1].log_softmax(-1)
+        total[kind] = logps.gather(-1, inputs["input_ids"][0, 1:, None])[-count:].sum().item()
+    assert pair["margin"] == pytest.approx(total["true"] - total["false"], abs=1e-4)
 
 
 def test_fingerprint_sees_every_weight():
