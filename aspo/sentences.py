@@ -76,7 +76,7 @@ def token_sentences(offsets: Sequence[Span], spans: Sequence[Span], text: str) -
     Args:
         offsets: (start, end) characters of each token in `text`, as a fast tokenizer's `offset_mapping` gives them.
             Several tokens may share one character (byte-level BPE), offsets may be empty or hold whitespace only:
-            these belong where they start.
+            these belong where they start; those at the end of the text (EOS) to the sentence of the token before.
         spans: contiguous sentences of `text`.
 
     Returns:
@@ -87,7 +87,7 @@ def token_sentences(offsets: Sequence[Span], spans: Sequence[Span], text: str) -
     current = 0
     for start, end in offsets:
         first = next((i for i in range(start, end) if not text[i].isspace()), start)
-        while current + 1 < len(spans) and first >= spans[current][1]:
+        while first < len(text) and first >= spans[current][1]:
             current += 1
         ids.append(current)
     return ids
