@@ -165,7 +165,7 @@ def _open_clip_scorer(model: Any, preprocess: Any, tokenizer: Any, device: torch
         context=tokenizer.context_length,
         pad_id=pad_id,
     )
-    probe = "A photo of 2 red cats."
+    probe = "A cat"
     prefix, content, suffix = tokenise(probe)
     row = prefix + content + suffix
     if tokenizer([probe])[0].tolist() != row + [pad_id] * (scorer.context - len(row)):

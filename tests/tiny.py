@@ -6,16 +6,22 @@ patches 10 x 10: nine image tokens an image. Import it with `from tiny import ti
 the path.
 """
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import aspo  # isort: skip  # noqa: F401  (first: it makes torchvision importable on a CPU torch)
+import open_clip
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    CLIPConfig,
     CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -48,20 +54,27 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_tokenizer(vocab_size: int = 384) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (every text can be encoded), BOS put in front; <pad>, <bos>, <eos>, <image> are ids 0 to 3."""
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<image>")
+
+
+def tiny_tokenizer(
+    vocab_size: int = 384, special_tokens: tuple[str, ...] = SPECIAL_TOKENS, layout: str = "<bos> $A"
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE (every text can be encoded); special tokens get the first ids, `layout` says where they stand."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<pad>", "<bos>", "<eos>", "<image>"],
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     corpus = [s.format(shape=shape, colour=colour) for s in SENTENCES for shape in SHAPES for colour in COLOURS]
     backend.train_from_iterator([*corpus, "USER: " + PROMPT + "\nASSISTANT: "], trainer)
-    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    backend.post_processor = processors.TemplateProcessing(
+        single=layout, special_tokens=[(token, special_tokens.index(token)) for token in ("<bos>", "<eos>")]
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
@@ -125,6 +138,54 @@ def tiny_llava(folder: str | Path, seed: int = 0, tie_word_embeddings: bool = Fa
     folder = Path(folder)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    return folder
+
+
+CLIP_CONTEXT = 16  # tokens, BOS and EOS included
+
+
+def tiny_clip_tokenizer() -> PreTrainedTokenizerFast:
+    """BOS and EOS around the text. EOS is not id 2: transformers' CLIP reads a 2 as "pool at the highest id"."""
+    return tiny_tokenizer(special_tokens=("<pad>", "<bos>", "<image>", "<eos>"), layout="<bos> $A <eos>")
+
+
+def tiny_clip(folder: str | Path, seed: int = 0) -> Path:
+    """Save a tiny transformers `CLIPModel` (16 text tokens, 30 x 30 images) and its processor in `folder`."""
+    tokenizer = tiny_clip_tokenizer()
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": CLIP_CONTEXT, "eos_token_id": 3, "bos_token_id": 1}
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**text, **small, "pad_token_id": 0},
+        vision_config={"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, **small},
+        projection_dim=8,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        CLIPModel(config).save_pretrained(folder)
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    image_processor = CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
+    CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
+    return Path(folder)
+
+
+def tiny_open_clip(folder: str | Path, seed: int = 0, own_tokenizer: bool = True) -> Path:
+    """Save a tiny open_clip model as a `local-dir:` folder, with our tokenizer or with open_clip's own (49,408 ids)."""
+    tokenizer = tiny_clip_tokenizer()
+    text = {"context_length": CLIP_CONTEXT, "width": 16, "heads": 2, "layers": 2}
+    if own_tokenizer:
+        text |= {"vocab_size": len(tokenizer), "pool_type": "eos", "eos_id": 3, "hf_tokenizer_name": "local"}
+    vision = {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "width": 16, "layers": 2, "head_width": 8}
+    model_cfg = {"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"model_cfg": model_cfg, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = open_clip.model.CLIP(**model_cfg)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    if own_tokenizer:
+        tokenizer.save_pretrained(folder)
     return folder
 
 
