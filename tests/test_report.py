@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import subprocess
+from html import escape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -31,7 +32,7 @@ class Page(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.tags, self.text = [], ""
+        self.tags, self.text, self.title = [], "", ""
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
@@ -39,6 +40,8 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+        if self.tags and self.tags[-1][0] == "title":
+            self.title += data
 
     def find(self, tag, css_class=None):
         return [
@@ -262,6 +265,22 @@ class TestInABrowser:
         assert len(dom.find("mark", "weighed")) == 7
         assert len(dom.find("svg", "chart")) == len(Page(html).find("svg", "chart")) == 4
         assert len(dom.find("article", "item")) == 4 and not dom.find("script")
+
+    @pytest.mark.parametrize("width", [360, 820, 1280])
+    def test_nothing_sticks_out(self, built, tmp_path, width):
+        """Laid out at this width, no element reaches past the window but inside the boxes that scroll."""
+        _, html = built
+        wrapper = tmp_path / "wrapper.html"
+        wrapper.write_text(
+            f'<iframe srcdoc="{escape(html)}" style="width:{width}px;height:2000px;border:0"></iframe>'
+            "<script>onload = () => {"
+            "const inside = document.querySelector('iframe').contentDocument;"
+            f"const out = [...inside.body.querySelectorAll('*')].filter(e => !e.closest('.scroll > *')"
+            f" && e.getBoundingClientRect().right > {width} + 0.5).map(e => e.tagName + '.' + e.className);"
+            "document.title = JSON.stringify([inside.querySelectorAll('mark').length, out]);}</script>"
+        )
+        dom = Page(_chromium(tmp_path, wrapper.as_uri(), "--window-size=1400,2200", "--dump-dom"))
+        assert json.loads(dom.title) == [7, []]
 
     @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (500, "light")])
     def test_it_looks_like_something(self, built, tmp_path, width, scheme):
