@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from aspo.model import parse_dtype
 from aspo_kernels import objectives
 
 # None in the dataclass means "not given"; __post_init__ fills in what the run uses and refuses the rest.
@@ -174,6 +175,7 @@ class AspoConfig(TrainingArguments):
                 f"training on {what} is not supported yet: start one process, with CUDA_VISIBLE_DEVICES naming one "
                 "device"
             )
+        parse_dtype(self.dtype)
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length is {self.max_length}; it must be positive, or null for no limit")
 
