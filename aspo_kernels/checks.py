@@ -66,3 +66,15 @@ def check_finite_logps(logps: Tensor, targets: Tensor) -> None:
             f"the log-probability of token {at} (target {int(targets[at])}) is {float(logps[at])}: its hidden state, "
             f"the head or the bias holds NaN or inf, or the target is masked ({bad.numel()} such tokens)"
         )
+
+
+def refuse_double_backward(name: str) -> None:
+    """To be called in a backward pass, where gradients are only on if the pass itself is to be differentiated.
+
+    `once_differentiable` would let it through as a constant where the upstream gradient is one: silently wrong.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} is differentiable once, and create_graph=True asks for more: leave it out, or use plain torch "
+            "(log_softmax, or backend='reference')"
+        )

@@ -21,10 +21,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from aspo_kernels import reference
-from aspo_kernels.checks import check_backend, check_finite_logps, check_head, check_targets
+from aspo_kernels.checks import (
+    check_backend,
+    check_finite_logps,
+    check_head,
+    check_targets,
+    refuse_double_backward,
+)
 from aspo_kernels.tiles import (
     Epilogue,
     gradient_operand_dtype,
@@ -109,7 +114,9 @@ class _LinearLogps(torch.autograd.Function):
         needs_hidden, needs_head, needs_bias = ctx.needs_input_grad[:3]
         trainable = needs_head or needs_bias
         exps = _room_for_exps(hidden, head, memory_budget) if trainable else None
-        row_grad = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
+        # fp16 cannot hold the small rows of G before the upstream gradient, with its loss scale, has multiplied them.
+        row_dtype = gradient_operand_dtype(hidden.dtype)
+        row_grad = torch.empty(hidden.shape, dtype=row_dtype, device=hidden.device) if needs_hidden else None
 
         dtype = statistics_dtype(hidden.dtype)
         logps, shift, denominator, target_entry = (
@@ -126,7 +133,7 @@ class _LinearLogps(torch.autograd.Function):
                 row_grad=None if row_grad is None else row_grad[chunk],
                 exps=None if exps is None else exps[chunk],
             )
-        ctx.epilogue = epilogue
+        ctx.epilogue, ctx.dtype = epilogue, hidden.dtype
         if not trainable:
             ctx.save_for_backward(row_grad)  # a frozen head is not needed again
         elif exps is not None:
@@ -136,32 +143,37 @@ class _LinearLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
-        needs_hidden, needs_head, needs_bias = ctx.needs_input_grad[:3]
-        row_grad, *kept = ctx.saved_tensors
-        d_hidden = d_head = d_bias = None
-        if needs_hidden:
-            d_hidden = torch.empty_like(row_grad)
-            for chunk in token_chunks(row_grad.shape[0]):  # the fp32 product of a bf16 row and its g is a copy
-                d_hidden[chunk] = row_grad[chunk] * grad_logps[chunk, None]
-        if needs_head or needs_bias:
-            hidden, denominator, *how = kept
-            # Scaled by a power of two, so that tiny gradients do not flush to zero in a narrow dtype.
-            scale = _power_of_two_above(grad_logps)
-            coefficient = -ctx.epilogue.slope * (grad_logps / scale) / denominator
-            small = (coefficient[:, None] * hidden).to(gradient_operand_dtype(hidden.dtype)) if needs_head else None
-            bias_coefficient = coefficient if needs_bias else None
-            if len(how) == 1:
-                d_head, d_bias = _head_grads(how[0], small, bias_coefficient)
-            else:
-                targets, shift, target_entry, head, bias = how
-                d_head, d_bias = _recomputed_head_grads(
-                    hidden, targets, shift, target_entry, head, bias, ctx.epilogue, small, bias_coefficient
-                )
-            d_head = d_head if d_head is None else d_head.to(hidden.dtype).mul_(scale)
-            d_bias = d_bias if d_bias is None else d_bias.to(hidden.dtype).mul_(scale)
-        return d_hidden, d_head, d_bias, None, None, None
+        refuse_double_backward("linear_logps")
+        with torch.autocast(grad_logps.device.type, enabled=False):  # a backward begun under autocast must not narrow E
+            return *_gradients(ctx, grad_logps), None, None, None
+
+
+def _gradients(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of hidden, head and bias, those that are needed."""
+    needs_hidden, needs_head, needs_bias = ctx.needs_input_grad[:3]
+    row_grad, *kept = ctx.saved_tensors
+    d_hidden = d_head = d_bias = None
+    if needs_hidden:
+        d_hidden = torch.empty_like(row_grad, dtype=ctx.dtype)
+        for chunk in token_chunks(row_grad.shape[0]):  # the fp32 product of a bf16 row and its g is a copy
+            d_hidden[chunk] = row_grad[chunk] * grad_logps[chunk, None]
+    if needs_head or needs_bias:
+        hidden, denominator, *how = kept
+        # Divided by a power of two, so that tiny gradients do not flush to zero in a narrow operand.
+        scale = _power_of_two_above(grad_logps)
+        coefficient = -ctx.epilogue.slope * (grad_logps / scale) / denominator
+        small = (coefficient[:, None] * hidden).to(gradient_operand_dtype(hidden.dtype)) if needs_head else None
+        bias_coefficient = coefficient if needs_bias else None
+        if len(how) == 1:
+            scaled = _head_grads(how[0], small, bias_coefficient)
+            d_head, d_bias = (d if d is None else d.mul_(scale).to(hidden.dtype) for d in scaled)
+        else:
+            targets, shift, target_entry, head, bias = how
+            d_head, d_bias = _recomputed_head_grads(
+                hidden, targets, shift, target_entry, head, bias, ctx.epilogue, small, bias_coefficient, scale
+            )
+    return d_hidden, d_head, d_bias
 
 
 def _room_for_exps(hidden: Tensor, head: Tensor, memory_budget: int | None) -> Tensor | None:
@@ -293,8 +305,9 @@ def _recomputed_head_grads(
     epilogue: Epilogue,
     small: Tensor | None,
     coefficient: Tensor | None,
+    scale: Tensor,  # 0-d
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`_head_grads` with E formed again, a slice of the vocabulary at a time; chunks of tokens add up in fp32."""
+    """scale * `_head_grads` with E formed again, slice by slice of the vocabulary; chunks of tokens add up in fp32."""
     d_head = None if small is None else torch.empty_like(head, memory_format=torch.contiguous_format)
     d_bias = None if coefficient is None else hidden.new_empty(head.shape[0])
     chunks = token_chunks(hidden.shape[0])
@@ -317,9 +330,9 @@ def _recomputed_head_grads(
             if d_part_chunk is not None:
                 d_part += d_part_chunk
         if d_head is not None:
-            d_head[part] = d_rows
+            d_head[part] = d_rows.mul_(scale)
         if d_bias is not None:
-            d_bias[part] = d_part
+            d_bias[part] = d_part.mul_(scale)
     return d_head, d_bias
 
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from aspo_kernels.checks import check_finite_logps, check_targets
+from aspo_kernels.checks import check_finite_logps, check_targets, refuse_double_backward
 from aspo_kernels.tiles import Epilogue, statistics_dtype, token_chunks
 
 ROW_CHUNK_BYTES = 64 * 2**20  # fp32 working memory of a chunk of rows
@@ -32,8 +31,8 @@ def token_logps(logits: Tensor, targets: Tensor, *, temperature: float = 1.0, va
         ValueError: wrong shapes, dtypes or devices; on the CPU also a target outside [0, V) or a result that is not
             finite.
     """
-    if logits.dim() != 2 or not logits.is_floating_point():
-        raise ValueError(f"logits must be floating point (N, V), got {logits.dtype} {tuple(logits.shape)}")
+    if logits.dim() != 2 or not logits.is_floating_point() or logits.shape[1] == 0:
+        raise ValueError(f"logits must be floating point (N, V) with V > 0, got {logits.dtype} {tuple(logits.shape)}")
     return gathered_token_logps(logits, None, targets, temperature, validate)
 
 
@@ -68,8 +67,8 @@ class _TokenLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("token_logps")
         logits, rows, targets, lse = ctx.saved_tensors
         d_logits = torch.zeros_like(logits) if rows is not None else torch.empty_like(logits)
         for chunk in _row_chunks(targets.numel(), logits.shape[1]):
