@@ -37,12 +37,12 @@ def write_rows(folder: str | Path, rows: Iterable[Row]) -> None:
 def append_row(folder: str | Path, row: Row) -> None:
     """Add one row to a native folder (made if absent); a last line that a kill left unfinished is cut off first."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     append_line(folder / ROWS_FILE, _row_line(folder, row))
 
 
 def append_line(path: Path, line: str) -> None:
     """Append a line to a file of lines; what a killed writer left behind the last line break is cut off first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         if size := file.seek(0, os.SEEK_END):
             file.seek(size - 1)
@@ -94,7 +94,7 @@ def _store_image(folder: Path, entry: Any) -> str:
     name = hashlib.sha256(content).hexdigest()[:24] + (path.suffix.lower() if path else ".png")
     target = folder / "images" / name
     if not target.exists():
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(name + ".partial")
         partial.write_bytes(content)
         partial.replace(target)
