@@ -22,8 +22,9 @@ from aspo.prompts import (
     run_processor,
     tokenizer_of,
 )
-from aspo.rows import load_rows, response_text, validate_rows
+from aspo.rows import load_rows
 from aspo.sentences import Splitter, check_spans, sentences_without_tokens, split_sentences, token_sentences
+from aspo.validate import response_text, validate_rows
 from aspo_kernels.layout import IGNORE_INDEX, SentenceLayout
 
 logger = logging.getLogger(__name__)

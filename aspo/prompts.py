@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from aspo.folder import load_images, row_name
-from aspo.rows import IMAGE_PLACEHOLDER
+from aspo.validate import IMAGE_PLACEHOLDER
 
 Row = Mapping[str, Any]
 _PROBE = "ASPOresponseASPO"  # stands for a response, to see what a chat template writes around one

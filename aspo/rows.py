@@ -7,8 +7,7 @@ yet decoded, responses are texts, and every row has an `id`. docs/data.md has th
 """
 
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,8 @@ import pyarrow as pa
 from PIL import Image
 
 from aspo.folder import ROWS_FILE, image_bytes, image_entries, image_path
-from aspo.sentences import check_spans
+from aspo.validate import KINDS, bad_row, named_column, response_text, short_repr, validate_rows
 
-IMAGE_PLACEHOLDER = "<image>"
-KINDS = {"preference": ("prompt", "chosen", "rejected"), "prompt": ("prompt",)}
 Row = Mapping[str, Any]
 
 
@@ -66,49 +63,6 @@ def load_rows(
     if len(rows) == 0:
         raise ValueError(f"{source if isinstance(source, str | Path) else 'the source'} holds no rows")
     return _to_dataset(rows, kind, (root or Path()).absolute())
-
-
-def validate_rows(dataset: Iterable[Row], kind: str = "preference") -> None:
-    """Check every row; ValueError names the first bad one, its column and what to do. Images are not decoded."""
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}; it must be one of {list(KINDS)}")
-    scored: tuple[int, bool] | None = None
-    for index, row in enumerate(dataset):
-        for column in KINDS[kind]:
-            if row.get(column) is None:
-                raise _bad(index, row, column, f"missing; a {kind} row has {', '.join(KINDS[kind])}")
-        _check("prompt", index, row, _check_prompt, row)
-        _check("images", index, row, _check_images, row)
-        if kind == "preference":
-            _check_responses(index, row)
-            has = row.get("chosen_similarity") is not None
-            if scored is not None and scored[1] != has:
-                raise _bad(
-                    index, row, "chosen_similarity", f"row {scored[0]} and this one differ in having it; score all"
-                )
-            scored = (index, has) if scored is None else scored
-        weight = row.get("sample_weight")
-        if weight is not None and not (isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0):
-            raise _bad(index, row, "sample_weight", f"it is {weight!r}; it must be a finite number, 0 or more")
-
-
-def response_text(value: Any) -> str:
-    """The text of a response: a string, a message, or a list of messages that are all the assistant's."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Mapping):
-        role = value.get("role", value.get("from"))
-        if role not in ("assistant", "gpt"):
-            raise ValueError(f"a response message of role {role!r}; only the assistant's are responses")
-        content = value.get("content", value.get("value"))
-        if isinstance(content, str):
-            return content
-        if isinstance(content, Sequence) and all(part.get("type") == "text" for part in content):
-            return "".join(part["text"] for part in content)
-        raise ValueError("a response message must hold text only")
-    if isinstance(value, Sequence) and len(value) == 1:
-        return response_text(value[0])
-    raise ValueError(f"a response must be a text or one assistant message, got {_short(value)}")
 
 
 def _read(path: Path) -> datasets.Dataset | list[Any]:
@@ -214,9 +168,9 @@ def _normalise(row: Row, index: int, kind: str, root: Path, as_messages: bool) -
     made = {key: value for key, value in row.items() if key not in ("image", "images", "conversations")}
     made["id"] = str(index) if row.get("id") is None else str(row["id"])
     if row.get("conversations") is not None:
-        made["prompt"] = _check("conversations", index, row, _first_question, row["conversations"])
+        made["prompt"] = named_column("conversations", index, row, _first_question, row["conversations"])
         if kind == "preference" and row.get("chosen") is None:
-            raise _bad(
+            raise bad_row(
                 index, row, "chosen", "missing; LLaVA's rows hold one answer: make pairs with `aspo pairs` first"
             )
     if made.get("prompt") is None and isinstance(row.get("question"), str):
@@ -227,8 +181,8 @@ def _normalise(row: Row, index: int, kind: str, root: Path, as_messages: bool) -
         made["prompt"] = [{"role": "user", "content": made["prompt"]}]
     for column in ("chosen", "rejected"):
         if made.get(column) is not None:
-            made[column] = _check(column, index, row, response_text, made[column])
-    made["images"] = [_check("images", index, row, _image_entry, entry, root) for entry in image_entries(row)]
+            made[column] = named_column(column, index, row, response_text, made[column])
+    made["images"] = [named_column("images", index, row, _image_entry, entry, root) for entry in image_entries(row)]
     return made
 
 
@@ -243,7 +197,7 @@ def _first_question(conversation: Any) -> str:
         raise ValueError("it must be a list of {'from', 'value'} turns")
     first = conversation[0]
     if first.get("from") not in ("human", "user") or not isinstance(first.get("value"), str):
-        raise ValueError(f"the first turn must be {{'from': 'human', 'value': text}}, got {_short(first)}")
+        raise ValueError(f"the first turn must be {{'from': 'human', 'value': text}}, got {short_repr(first)}")
     return first["value"]
 
 
@@ -255,75 +209,4 @@ def _implicit_prompt(chosen: list[Any], rejected: list[Any]) -> tuple[list[Any],
     return chosen[:shared] or None, chosen[shared:], rejected[shared:]  # type: ignore[return-value]
 
 
-def _check_prompt(row: Row) -> None:
-    prompt, marks = row["prompt"], 0
-    if isinstance(prompt, str):
-        texts = [prompt]
-    elif isinstance(prompt, Sequence) and prompt and all(isinstance(m, Mapping) and "role" in m for m in prompt):
-        if prompt[-1]["role"] == "assistant":
-            raise ValueError("it ends with an assistant message; move its text into the responses")
-        parts = [p for m in prompt for p in ([m["content"]] if isinstance(m["content"], str) else m["content"])]
-        texts = [p if isinstance(p, str) else p.get("text") or "" for p in parts]
-        marks = sum(isinstance(p, Mapping) and p.get("type") == "image" for p in parts)
-    else:
-        raise ValueError(f"it must be a text or a list of messages with role and content, got {_short(prompt)}")
-    images = len(image_entries(row))
-    marks += sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
-    if marks not in (0, images):
-        raise ValueError(f"it marks {marks} images, but the row has {images}: make them equal, or mark none")
-    if not images and not any(text.strip() for text in texts):
-        raise ValueError("it is empty")
-
-
-def _check_images(row: Row) -> None:
-    for entry in image_entries(row):
-        if isinstance(entry, Image.Image) or (isinstance(entry, Mapping) and entry.get("bytes") is not None):
-            continue
-        path = image_path(entry, None)
-        if not path.is_file():
-            raise ValueError(f"no image file {path}: check the path, or say where relative paths start (image_root)")
-
-
-def _check_responses(index: int, row: Row) -> None:
-    texts = {column: _check(column, index, row, response_text, row[column]) for column in ("chosen", "rejected")}
-    for column, text in texts.items():
-        if not text.strip():
-            raise _bad(index, row, column, "it is empty: drop the row")
-        if IMAGE_PLACEHOLDER in text:
-            raise _bad(index, row, column, f"it holds {IMAGE_PLACEHOLDER!r}; images belong to the prompt")
-        spans = row.get(f"{column}_sentences")
-        if spans is not None:
-            _check(f"{column}_sentences", index, row, check_spans, text, spans)
-        similarity = row.get(f"{column}_similarity")
-        if similarity is not None:
-            _check(f"{column}_similarity", index, row, _check_similarity, similarity, spans)
-    if texts["chosen"].strip() == texts["rejected"].strip():
-        raise _bad(index, row, "rejected", "it is the same text as 'chosen': drop the row")
-
-
-def _check_similarity(values: Any, spans: Any) -> None:
-    if spans is None:
-        raise ValueError("it needs the sentences that it belongs to; `aspo score` writes both")
-    if len(values) != len(spans):
-        raise ValueError(f"{len(values)} values for {len(spans)} sentences; score the rows again")
-    for n, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"value {n} is {value!r}; it must be a finite number")
-
-
-def _check(column: str, index: int, row: Row, function: Callable[..., Any], *args: Any) -> Any:
-    """Call, with row and column put in front of a ValueError's message."""
-    try:
-        return function(*args)
-    except ValueError as error:
-        raise _bad(index, row, column, str(error)) from error
-
-
-def _bad(index: int, row: Row, column: str, what: str) -> ValueError:
-    name = f" (id {row['id']!r})" if row.get("id") is not None else ""
-    return ValueError(f"row {index}{name}, column {column!r}: {what}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+__all__ = ["load_rows", "response_text", "validate_rows"]

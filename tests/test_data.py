@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from tiny import CHAT_TEMPLATE, IMAGE_TOKENS, PROMPT, tiny_image, tiny_llava, tiny_processor, tiny_rows, tiny_tokenizer
 from tokenizers import Tokenizer, models, normalizers
 from tokenizers import decoders as hf_decoders
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
 
 import aspo.data
 from aspo.data import Collator, encode_prompt, encode_response, generation_inputs, load_rows
@@ -353,3 +361,52 @@ def test_the_model_reads_the_batch_and_padding_changes_nothing(tmp_path):
             alone.append(one[single["layout"].hidden_index].gather(1, single["layout"].targets[:, None]))
     alone = torch.cat(alone)
     torch.testing.assert_close(packed[: len(alone)], alone, rtol=1e-5, atol=1e-5)
+
+
+def llava_next_processor():
+    return LlavaNextProcessor(
+        LlavaNextImageProcessor(
+            size={"shortest_edge": 30},
+            crop_size={"height": 30, "width": 30},
+            image_grid_pinpoints=[[30, 60], [60, 30], [60, 60]],
+        ),
+        tiny_tokenizer(),
+        patch_size=10,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def qwen_processor():
+    special = ("<pad>", "<bos>", "<eos>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    return Qwen2VLProcessor(
+        Qwen2VLImageProcessor(patch_size=5, merge_size=2, size={"shortest_edge": 400, "longest_edge": 3600}),
+        tiny_tokenizer(special_tokens=special),
+        Qwen2VLVideoProcessor(),
+        chat_template=CHAT_TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>"),
+    )
+
+
+@pytest.mark.parametrize("make", [llava_next_processor, qwen_processor])
+def test_other_processors_keep_all_their_tensors(make):
+    """Images of unequal size, which expand to unequal numbers of tokens and patches."""
+    processor = make()
+    rows = tiny_rows(3)
+    rows[1]["images"] = [tiny_image("red").resize((90, 40))]
+    rows[2]["images"] = None
+    inputs = Collator(processor)(rows)["model_inputs"]
+    text = [encode_prompt(processor, row["prompt"], row["images"] or []).text for row in rows]
+    own = processor(text=text, images=[rows[0]["images"][0], rows[1]["images"][0]], return_tensors="pt", padding=True)
+    assert set(inputs) == set(own)
+    assert ("image_sizes" if make is llava_next_processor else "mm_token_type_ids") in inputs
+    for name, value in inputs.items():
+        if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            assert value.shape == inputs["input_ids"].shape
+        else:
+            assert torch.equal(value, torch.cat([own[name], own[name]]))
+    is_image = inputs["input_ids"] == processor.image_token_id
+    expected = (own["input_ids"] == processor.image_token_id).sum(1)
+    assert is_image.sum(1).tolist() == expected.tolist() * 2 and expected[1] > expected[0] > expected[2] == 0
+    if "mm_token_type_ids" in inputs:
+        assert torch.equal(inputs["mm_token_type_ids"], is_image.long())

@@ -1,0 +1,133 @@
+"""Checks of rows before long work: the first bad row is named with its column and what to do about it."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from aspo.folder import image_entries, image_path
+from aspo.sentences import check_spans
+
+IMAGE_PLACEHOLDER = "<image>"
+KINDS = {"preference": ("prompt", "chosen", "rejected"), "prompt": ("prompt",)}
+Row = Mapping[str, Any]
+
+
+def validate_rows(dataset: Iterable[Row], kind: str = "preference") -> None:
+    """Check every row; ValueError names the first bad one, its column and what to do. Images are not decoded."""
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; it must be one of {list(KINDS)}")
+    scored: tuple[int, bool] | None = None
+    for index, row in enumerate(dataset):
+        for column in KINDS[kind]:
+            if row.get(column) is None:
+                raise bad_row(index, row, column, f"missing; a {kind} row has {', '.join(KINDS[kind])}")
+        named_column("prompt", index, row, _check_prompt, row)
+        named_column("images", index, row, _check_images, row)
+        if kind == "preference":
+            _check_responses(index, row)
+            has = row.get("chosen_similarity") is not None
+            if scored is not None and scored[1] != has:
+                raise bad_row(
+                    index, row, "chosen_similarity", f"row {scored[0]} and this one differ in having it; score all"
+                )
+            scored = (index, has) if scored is None else scored
+        weight = row.get("sample_weight")
+        if weight is not None and not (isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0):
+            raise bad_row(index, row, "sample_weight", f"it is {weight!r}; it must be a finite number, 0 or more")
+
+
+def response_text(value: Any) -> str:
+    """The text of a response: a string, a message, or a list of messages that are all the assistant's."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        role = value.get("role", value.get("from"))
+        if role not in ("assistant", "gpt"):
+            raise ValueError(f"a response message of role {role!r}; only the assistant's are responses")
+        content = value.get("content", value.get("value"))
+        if isinstance(content, str):
+            return content
+        if isinstance(content, Sequence) and all(part.get("type") == "text" for part in content):
+            return "".join(part["text"] for part in content)
+        raise ValueError("a response message must hold text only")
+    if isinstance(value, Sequence) and len(value) == 1:
+        return response_text(value[0])
+    raise ValueError(f"a response must be a text or one assistant message, got {short_repr(value)}")
+
+
+def _check_prompt(row: Row) -> None:
+    prompt, marks = row["prompt"], 0
+    if isinstance(prompt, str):
+        texts = [prompt]
+    elif isinstance(prompt, Sequence) and prompt and all(isinstance(m, Mapping) and "role" in m for m in prompt):
+        if prompt[-1]["role"] == "assistant":
+            raise ValueError("it ends with an assistant message; move its text into the responses")
+        parts = [p for m in prompt for p in ([m["content"]] if isinstance(m["content"], str) else m["content"])]
+        texts = [p if isinstance(p, str) else p.get("text") or "" for p in parts]
+        marks = sum(isinstance(p, Mapping) and p.get("type") == "image" for p in parts)
+    else:
+        raise ValueError(f"it must be a text or a list of messages with role and content, got {short_repr(prompt)}")
+    images = len(image_entries(row))
+    marks += sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
+    if marks not in (0, images):
+        raise ValueError(f"it marks {marks} images, but the row has {images}: make them equal, or mark none")
+    if not images and not any(text.strip() for text in texts):
+        raise ValueError("it is empty")
+
+
+def _check_images(row: Row) -> None:
+    for entry in image_entries(row):
+        if isinstance(entry, Image.Image) or (isinstance(entry, Mapping) and entry.get("bytes") is not None):
+            continue
+        path = image_path(entry, None)
+        if not path.is_file():
+            raise ValueError(f"no image file {path}: check the path, or say where relative paths start (image_root)")
+
+
+def _check_responses(index: int, row: Row) -> None:
+    texts = {column: named_column(column, index, row, response_text, row[column]) for column in ("chosen", "rejected")}
+    for column, text in texts.items():
+        if not text.strip():
+            raise bad_row(index, row, column, "it is empty: drop the row")
+        if IMAGE_PLACEHOLDER in text:
+            raise bad_row(index, row, column, f"it holds {IMAGE_PLACEHOLDER!r}; images belong to the prompt")
+        spans = row.get(f"{column}_sentences")
+        if spans is not None:
+            named_column(f"{column}_sentences", index, row, check_spans, text, spans)
+        similarity = row.get(f"{column}_similarity")
+        if similarity is not None:
+            named_column(f"{column}_similarity", index, row, _check_similarity, similarity, spans)
+    if texts["chosen"].strip() == texts["rejected"].strip():
+        raise bad_row(index, row, "rejected", "it is the same text as 'chosen': drop the row")
+
+
+def _check_similarity(values: Any, spans: Any) -> None:
+    if spans is None:
+        raise ValueError("it needs the sentences that it belongs to; `aspo score` writes both")
+    if len(values) != len(spans):
+        raise ValueError(f"{len(values)} values for {len(spans)} sentences; score the rows again")
+    for n, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"value {n} is {value!r}; it must be a finite number")
+
+
+def named_column(column: str, index: int, row: Row, function: Callable[..., Any], *args: Any) -> Any:
+    """Call, with row and column put in front of a ValueError's message."""
+    try:
+        return function(*args)
+    except ValueError as error:
+        raise bad_row(index, row, column, str(error)) from error
+
+
+def bad_row(index: int, row: Row, column: str, what: str) -> ValueError:
+    """The error that names a row and a column."""
+    name = f" (id {row['id']!r})" if row.get("id") is not None else ""
+    return ValueError(f"row {index}{name}, column {column!r}: {what}")
+
+
+def short_repr(value: Any) -> str:
+    """A value's repr, cut to what fits into an error line."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
