@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aspo.world.data import base_training, rows
+from aspo.world.data import base_training, describe_from_habit, rows
 from aspo.world.language import (
     KINDS,
     QUESTION_KINDS,
@@ -195,13 +195,25 @@ def test_rows():
     assert 4 <= len(row["scene"]["things"]) <= 6
 
 
-def test_base_training_answers_are_true():
-    for scene, prompt, answer in islice(base_training(), 200):
+def test_base_training_answers_are_true_but_for_habit():
+    wrong = []
+    for scene, prompt, answer in islice(base_training(), 1500):
         if prompt.startswith("Is there"):
             there = " ".join(prompt.rstrip("?").split()[3:]) in {f"{t.colour} {t.shape}" for t in scene.things}
             assert answer == ("Yes." if there else "No.")
         else:
-            assert set(verdicts(answer, scene)) == {"true"}
+            claims = judge(answer, scene)
+            assert [claim.subject for claim in claims] == [thing.shape for thing in scene.things]
+            assert all(claim.verdict == "true" or claim.states_prior for claim in claims)
+            wrong += [claim.verdict == "false" for claim in claims]
+    assert 0.03 < sum(wrong) / len(wrong) < 0.09
+
+
+def test_habit_of_zero_is_the_truth_and_of_one_the_prior():
+    scene = next(scenes("test"))
+    assert describe_from_habit(scene, random.Random(0), [0.0] * 6) == describe(scene)
+    claims = judge(describe_from_habit(scene, random.Random(0), [1.0] * 6), scene)
+    assert all(claim.states_prior for claim in claims)
 
 
 @pytest.mark.parametrize(
@@ -215,6 +227,7 @@ def test_base_training_answers_are_true():
         (lambda: Scene.from_json({"objects": []}), "not a scene"),
         (lambda: questions(TWO, "hard"), "'hard'"),
         (lambda: describe(TWO, pronouns=True), "two kinds"),
+        (lambda: describe_from_habit(TWO, random.Random(0), [0.5]), "habit has 1 chances"),
         (lambda: sentence("weight", "circle", "heavy"), "'weight'"),
     ],
 )

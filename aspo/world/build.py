@@ -1,32 +1,35 @@
 """Rebuild the world's models: `python -m aspo.world.build --out FOLDER`.
 
-CLIP first, on scenes whose colours are uniform; then the vision-language model on CLIP's frozen vision tower, with scenes
-and answers in which the prior holds 85 % of the time; then the gates (aspo.world.gates), by which the world was chosen.
+CLIP first, on scenes whose colours are uniform; then the vision-language model on CLIP's frozen vision tower, with
+scenes in which the prior holds 85 % of the time; then the gates (aspo.world.gates), by which the world was chosen.
 """
 
+import argparse
+import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from open_clip.model import CLIP
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
-from aspo.world.clip import MEAN, STD, clip_config, cosines
+from aspo.world.clip import clip_config, cosines, load_open_clip, save_open_clip, to_transformers
+from aspo.world.gates import LIMITS, NOISE_STEP, TEMPERATURE, failures, measure
 from aspo.world.language import true_sentences
-from aspo.world.scenes import Scene, render_array, sample_scene
+from aspo.world.pixels import pixels
+from aspo.world.scenes import Scene, sample_scene, scenes
+from aspo.world.tokenizer import clip_tokenizer, train_tokenizer
+from aspo.world.vlm import BaseTraining, build_processor, train_vlm
 
-
-def pixels(batch: list[Scene]) -> Tensor:
-    """(B, 3, IMAGE_SIZE, IMAGE_SIZE) fp32, normalised as the processors do."""
-    images = torch.from_numpy(np.stack([render_array(scene) for scene in batch])).permute(0, 3, 1, 2)
-    return (images.float() / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+CLIP_STEPS = 1500
 
 
 def uniform_scenes(rng: random.Random, n: int, counts: tuple[int, int]) -> list[Scene]:
+    """n scenes of the base split whose colours are all equally likely, with `counts` = (fewest, most) objects."""
     batch: list[Scene] = []
     while len(batch) < n:
         scene = sample_scene(rng, None, True, counts)
@@ -44,8 +47,8 @@ def curriculum(steps: int) -> Iterator[tuple[int, int]]:
 def caption_batches(
     batch_size: int, seed: int, counts: Iterator[tuple[int, int]]
 ) -> Iterator[tuple[list[Scene], list[list[str]], Tensor]]:
-    """Endless (scenes, captions, holds): two distinct groups of true captions, single sentences (two per scene) and subsets
-    of two or three (of every sixth scene); holds[i, j] = caption j of the groups' concatenation is true of scene i."""
+    """(scenes, captions, holds) per step: two groups of true captions, single sentences (two per scene) and pairs of
+    sentences (of every sixth scene); holds[i, j] = caption j of the groups' concatenation is true of scene i."""
     rng = random.Random(f"captions:{seed}")
     for fewest_most in counts:
         batch = uniform_scenes(rng, batch_size, fewest_most)
@@ -73,21 +76,21 @@ def clip_loss(model: CLIP, bias: Tensor, images: Tensor, ids: list[Tensor], hold
     return nn.functional.binary_cross_entropy_with_logits(logits, holds.float(), reduction="sum") / len(holds)
 
 
-def schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 50) -> torch.optim.lr_scheduler.LRScheduler:
-    """Linear warm-up, then cosine to zero."""
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: min(1.0, (t + 1) / warmup) * 0.5 * (1 + np.cos(np.pi * min(1.0, t / steps)))
-    )
-
-
 def train_clip(
-    tokenizer: PreTrainedTokenizerFast, steps: int = 2000, batch_size: int = 96, lr: float = 2e-3, log=print
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int,
+    batch_size: int = 96,
+    lr: float = 2e-3,
+    log: Callable[[str], None] = print,
 ) -> CLIP:
+    """Train on uniform scenes with a growing number of objects. `tokenizer` adds <s> and </s>."""
     torch.manual_seed(0)
     model = CLIP(**clip_config(len(tokenizer)))
     bias = nn.Parameter(torch.tensor(-3.0))
     optimizer = torch.optim.AdamW([*model.parameters(), bias], lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
-    scheduler = schedule(optimizer, steps)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps + 1, pct_start=0.04, cycle_momentum=False
+    )
     start = time.time()
     for step, (batch, captions, holds) in enumerate(caption_batches(batch_size, 0, curriculum(steps))):
         ids = [tokenizer(group, padding=True, return_tensors="pt").input_ids for group in captions]
@@ -99,3 +102,49 @@ def train_clip(
         if step % 100 == 0 or step == steps - 1:
             log(f"clip step {step} loss {loss.item():.3f} {time.time() - start:.0f} s")
     return model.eval()
+
+
+def save_vlm(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
+    """A plain transformers folder; weights stored as fp16, while the configuration says that they load as fp32."""
+    model.save_pretrained(folder, state_dict={name: value.half() for name, value in model.state_dict().items()})
+    processor.save_pretrained(folder)
+
+
+def build(
+    out: Path, clip_steps: int = CLIP_STEPS, training: BaseTraining | None = None, gate_scenes: int = 500
+) -> dict[str, float]:
+    """Train both models into `out` and measure the gates on the models as stored. Returns the figures."""
+    tokenizer = train_tokenizer()
+    text_tokenizer = clip_tokenizer(tokenizer)
+    if not (out / "clip" / "open_clip_model.safetensors").is_file():
+        model = train_clip(text_tokenizer, clip_steps)
+        save_open_clip(model, clip_config(len(text_tokenizer)), text_tokenizer, out / "clip")
+    clip, _, clip_tokens = load_open_clip(out / "clip")
+    processor = build_processor(tokenizer)
+    save_vlm(train_vlm(to_transformers(clip), processor, training or BaseTraining()), processor, out / "vlm")
+    vlm = LlavaForConditionalGeneration.from_pretrained(out / "vlm").eval()
+    figures = measure(vlm, processor, clip, clip_tokens, list(islice(scenes("validation"), gate_scenes)))
+    recipe = {"temperature": TEMPERATURE, "noise_step": NOISE_STEP, "scenes": gate_scenes, "split": "validation"}
+    rounded = {name: round(value, 4) for name, value in figures.items()}
+    text = json.dumps({"recipe": recipe, "limits": LIMITS, "figures": rounded}, indent=2)
+    (out / "gates.json").write_text(text + "\n")
+    return figures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m aspo.world.build", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "assets", help="folder for the models")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    figures = build(args.out)
+    for name, value in figures.items():
+        print(f"{name:32} {value:.4f}")
+    missed = failures(figures)
+    for line in missed:
+        print(f"gate missed: {line}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,15 +1,22 @@
 """Rows and texts of the embedded world, in the forms that training and evaluation read."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from aspo.world.language import DESCRIBE, QUESTION_KINDS, describe, questions
-from aspo.world.scenes import Scene, render, scenes
+from aspo.world.language import DESCRIBE, QUESTION_KINDS, questions, sentence
+from aspo.world.scenes import USUAL, Scene, render, scenes
 
 DEFAULT_ROWS = {"train": 1500, "validation": 500, "test": 1000, "calibration": 500}
 """Rows of each split where `rows` is not told how many."""
+
+HABIT = (0.05, 0.25, 0.4, 0.6, 0.8, 0.9)
+"""Chance that the k-th sentence of a base-training description is written from habit: the usual colour, unseen.
+
+It grows towards the end, as hallucinations do in the answers of real vision-language models. From such texts the base
+model learns to trust the picture at first and the prior later, though it sees every object equally well.
+"""
 
 
 def row(scene: Scene) -> dict[str, Any]:
@@ -30,11 +37,26 @@ def rows(split: str, n: int | None = None, seed: int = 0) -> list[dict[str, Any]
     return [row(scene) for scene in islice(scenes(split, seed), DEFAULT_ROWS[split] if n is None else n)]
 
 
-def base_training(seed: int = 0, question_share: float = 0.3) -> Iterator[tuple[Scene, str, str]]:
-    """An endless stream of (scene, prompt, true answer) for the base model.
+def describe_from_habit(scene: Scene, rng: random.Random, habit: Sequence[float] = HABIT) -> str:
+    """A description in reading order whose k-th sentence gives the shape's usual colour unseen with chance habit[k]."""
+    if len(habit) < len(scene.things):
+        raise ValueError(
+            f"habit has {len(habit)} chances, but the scene {len(scene.things)} objects; give one for each"
+        )
+    colours = [
+        USUAL[thing.shape] if rng.random() < chance else thing.colour
+        for thing, chance in zip(scene.things, habit, strict=False)
+    ]
+    return " ".join(sentence("colour", t.shape, colour) for t, colour in zip(scene.things, colours, strict=True))
 
-    The answer is a description in reading order, or in `question_share` of the cases that of a yes/no question. Colours
-    follow the prior (85 % usual).
+
+def base_training(
+    seed: int = 0, question_share: float = 0.25, habit: Sequence[float] = HABIT
+) -> Iterator[tuple[Scene, str, str]]:
+    """An endless stream of (scene, prompt, answer) for the base model.
+
+    The answer is a description by a describer of some `habit`, or in `question_share` of the cases the true answer to a
+    yes/no question. The scenes' colours follow the prior (85 % usual), so about 94 % of the sentences are true.
     """
     rng = random.Random(f"base-training:{seed}")
     for scene in scenes("base", seed):
@@ -42,4 +64,4 @@ def base_training(seed: int = 0, question_share: float = 0.3) -> Iterator[tuple[
             question, answer = rng.choice(questions(scene, rng.choice(QUESTION_KINDS), seed=rng.getrandbits(16)))
             yield scene, question, answer.capitalize() + "."
         else:
-            yield scene, DESCRIBE, describe(scene)
+            yield scene, DESCRIBE, describe_from_habit(scene, rng, habit)

@@ -1,7 +1,7 @@
 """The gates: figures that decide whether this world is a fair stage for preference optimisation.
 
-Chosen answers are the model's own on the clean picture, rejected ones its own on the picture with diffusion noise. Measured on
-validation scenes, without training anything on preferences.
+Chosen answers are the model's own on the clean picture, rejected ones its own under diffusion noise. All is
+measured on validation scenes, before anything is trained on preferences.
 """
 
 from typing import Any
@@ -12,10 +12,13 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from aspo.world.clip import cosines
 from aspo.world.language import DESCRIBE, QUESTION_KINDS, Claim, judge, minimal_pairs, questions, stateable
+from aspo.world.pixels import pixels
 from aspo.world.scenes import COLOURS, IMAGE_TOKENS, PLACES, SHAPES, SIZES, Scene
 
 TEMPERATURE, NOISE_STEP = 1.0, 500
 """The pair recipe's decoding temperature and diffusion step."""
+
+SEEDS = {"chosen": 1, "noise": 2, "rejected": 3}
 
 LIMITS: dict[str, tuple[float, float]] = {
     "chosen_wrong_share": (0.30, 0.45),
@@ -40,7 +43,7 @@ def diffusion_noise(pixel_values: Tensor, step: int, seed: int) -> Tensor:
 
 def prompt_ids(processor: LlavaProcessor, prompt: str) -> list[int]:
     """Token ids of a one-image user turn, ready for the answer."""
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+    message: dict[str, Any] = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
     text = processor.apply_chat_template([message], add_generation_prompt=True)
     image = processor.image_token * IMAGE_TOKENS
     return processor.tokenizer(text.replace(processor.image_token, image)).input_ids
@@ -55,6 +58,7 @@ def answers(
     seed: int = 0,
     prompt: str = DESCRIBE,
     batch_size: int = 128,
+    max_new_tokens: int = 48,
 ) -> list[str]:
     """The model's answer to `prompt` on each image; temperature 0 is greedy."""
     torch.manual_seed(seed)
@@ -63,11 +67,11 @@ def answers(
     texts = []
     for images in pixel_values.split(batch_size):
         inputs = ids.expand(len(images), -1)
-        out = model.generate(
+        out = model.generate(  # type: ignore[misc]
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
             pixel_values=images,
-            max_new_tokens=48,
+            max_new_tokens=max_new_tokens,
             pad_token_id=processor.tokenizer.pad_token_id,
             **sampling,
         )
@@ -159,6 +163,13 @@ def answer_figures(claims: list[list[Claim]], batch: list[Scene]) -> dict[str, f
     }
 
 
+@torch.no_grad()
+def tower_features(model: LlavaForConditionalGeneration, images: Tensor) -> Tensor:
+    """(B, 9, W): the patch features that the projector reads, for normalised images (B, 3, IMAGE_SIZE, IMAGE_SIZE)."""
+    tower = model.model.vision_tower
+    return torch.cat([tower(x, output_hidden_states=True).hidden_states[-2][:, 1:] for x in images.split(256)])
+
+
 def probe(features: Tensor, batch: list[Scene]) -> dict[str, float]:
     """Accuracy of a linear probe that reads an object's attribute off the tower's patch feature at its cell.
 
@@ -183,3 +194,85 @@ def probe(features: Tensor, batch: list[Scene]) -> dict[str, float]:
         optimizer.step(closure)  # type: ignore[arg-type]
         result[f"probe_{attribute}"] = ((x[cut:] @ w).argmax(1) == y[cut:]).float().mean().item()
     return result
+
+
+def yes_no_figures(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, pixel_values: Tensor, batch: list[Scene]
+) -> dict[str, float]:
+    """Accuracy and share of "yes" over the balanced questions of each kind, answered greedily."""
+    result: dict[str, float] = {}
+    for kind in QUESTION_KINDS:
+        asked: dict[str, list[tuple[int, str]]] = {}
+        for i, scene in enumerate(batch):
+            for question, answer in questions(scene, kind):
+                asked.setdefault(question, []).append((i, answer))
+        right, yes, total = 0, 0, 0
+        for question, items in asked.items():
+            said = answers(
+                model, processor, pixel_values[[i for i, _ in items]], 0.0, prompt=question, max_new_tokens=2
+            )
+            right += sum(text.lower().startswith(answer) for text, (_, answer) in zip(said, items, strict=True))
+            yes += sum(text.lower().startswith("yes") for text in said)
+            total += len(items)
+        result |= {f"{kind}_accuracy": right / total, f"{kind}_yes_share": yes / total}
+    return result
+
+
+def minimal_pair_accuracy(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, pixel_values: Tensor, batch: list[Scene]
+) -> float:
+    """Share of minimal pairs whose true sentence gets the higher log-probability as the answer's first sentence."""
+    pairs = [(i, pair) for i, scene in enumerate(batch) for pair in minimal_pairs(scene)]
+    images = pixel_values[[i for i, _ in pairs]]
+    right, wrong = (
+        [sum(row) for row in token_logps(model, processor, images, [pair[side] for _, pair in pairs])]
+        for side in (0, 1)
+    )
+    return sum(r > w for r, w in zip(right, wrong, strict=True)) / len(pairs)
+
+
+def measure(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    clip: Any,
+    tokenizer: Any,
+    batch: list[Scene],
+    temperature: float = TEMPERATURE,
+    noise_step: int = NOISE_STEP,
+) -> dict[str, float]:
+    """Every figure of the gates and some beside them, on these scenes. `clip`, `tokenizer`: open_clip's form."""
+    images = pixels(batch)
+    chosen = answers(model, processor, images, temperature, SEEDS["chosen"])
+    noised = diffusion_noise(images, noise_step, SEEDS["noise"])
+    rejected = answers(model, processor, noised, temperature, SEEDS["rejected"])
+    chosen_claims, rejected_claims, greedy_claims = (
+        [judge(text, scene) for text, scene in zip(texts, batch, strict=True)]
+        for texts in (chosen, rejected, answers(model, processor, images, 0.0))
+    )
+    figures = {
+        side: answer_figures(claims, batch)
+        for side, claims in (("chosen", chosen_claims), ("rejected", rejected_claims), ("greedy", greedy_claims))
+    }
+    similarity = sentence_similarities(clip, tokenizer, images, chosen_claims)
+    likelihood = sentence_logps(processor, chosen_claims, chosen, token_logps(model, processor, images, chosen))
+    return {
+        "chosen_wrong_share": figures["chosen"]["wrong_share"],
+        "wrong_is_prior_share": figures["chosen"]["wrong_is_prior_share"],
+        "rejected_minus_chosen_points": 100 * (figures["rejected"]["wrong_share"] - figures["chosen"]["wrong_share"]),
+        "similarity_auc": auc(_by_truth(chosen_claims, similarity)),
+        "perplexity_auc": auc(_by_truth(chosen_claims, likelihood)),
+        "dropped_share": sum(c == r for c, r in zip(chosen, rejected, strict=True)) / len(batch),
+        **probe(tower_features(model, images), batch),
+        "minimal_pair_accuracy": minimal_pair_accuracy(model, processor, images, batch),
+        **yes_no_figures(model, processor, images, batch),
+        **{f"{side}_{name}": value for side, values in figures.items() for name, value in values.items()},
+    }
+
+
+def failures(figures: dict[str, float]) -> list[str]:
+    """One line per gate that these figures miss; empty where the world is fair."""
+    return [
+        f"{name} {figures[name]:.4f} is not within {low} .. {high}"
+        for name, (low, high) in LIMITS.items()
+        if not low <= figures[name] <= high
+    ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     CLIPModel,
+    GenerationConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -18,7 +19,7 @@ from transformers import (
 
 from aspo.world.clip import BOS, EOS, IMAGE, PAD, SPECIAL_TOKENS, image_processor
 from aspo.world.data import base_training
-from aspo.world.gates import prompt_ids
+from aspo.world.gates import prompt_ids, tower_features
 from aspo.world.pixels import pixels
 from aspo.world.scenes import CELL, IMAGE_TOKENS
 from aspo.world.tokenizer import CHAT_TEMPLATE
@@ -26,7 +27,7 @@ from aspo.world.tokenizer import CHAT_TEMPLATE
 
 @dataclass(frozen=True)
 class BaseTraining:
-    """How the base model is trained. `scenes` distinct scenes are gone through again and again until `steps` are done."""
+    """How the base model is trained: `scenes` distinct scenes, gone through again and again until `steps` are done."""
 
     scenes: int = 16000
     steps: int = 800
@@ -69,21 +70,14 @@ def build_vlm(clip: CLIPModel, vocab_size: int) -> LlavaForConditionalGeneration
         image_seq_length=IMAGE_TOKENS,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
-        pad_token_id=ids["pad"],
-        bos_token_id=ids["bos"],
-        eos_token_id=ids["eos"],
     )
     model = LlavaForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(clip.vision_model.state_dict())
     model.model.vision_tower.requires_grad_(False)
+    model.generation_config = GenerationConfig(
+        pad_token_id=ids["pad"], bos_token_id=ids["bos"], eos_token_id=ids["eos"], max_new_tokens=64
+    )
     return model
-
-
-@torch.no_grad()
-def tower_features(model: LlavaForConditionalGeneration, images: Tensor) -> Tensor:
-    """(B, 9, W): the patch features that the projector reads, for normalised images (B, 3, IMAGE_SIZE, IMAGE_SIZE)."""
-    tower = model.model.vision_tower
-    return torch.cat([tower(x, output_hidden_states=True).hidden_states[-2][:, 1:] for x in images.split(256)])
 
 
 def _batches(
