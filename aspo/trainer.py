@@ -6,36 +6,26 @@ Axes: B pairs, R = 2B rows of a batch, T padded length, H hidden size, N counted
 from __future__ import annotations
 
 import contextlib
-import copy
-import logging
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraModel
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
-from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import EvalLoopOutput
 
 from aspo.config import AspoConfig
 from aspo.data import Collator
 from aspo.meters import Meters, record
 from aspo.model import base_model, check_head, inference, load_model, output_head, trunk_hidden
+from aspo.policy import MERGE, disable_dropout, load_weights, policy_and_reference
 from aspo.resume import SaveHistory, last_checkpoint
 from aspo_kernels import gather_hidden, objectives
 
-logger = logging.getLogger(__name__)
-
 START_TOLERANCE = 0.02  # of the loss where policy = reference; rounding is far below, a wrong reference far above
 FALLING_WINDOWS = 3  # logging windows in a row with both rewards negative and falling before the warning
-MERGE = (
-    "merge it into its base first: "
-    "peft.PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)"
-)
 
 
 class AspoTrainer(Trainer):
@@ -87,7 +77,7 @@ class AspoTrainer(Trainer):
 
         self._starts_at_reference = ref_model is None and not isinstance(model, PeftModel)
         set_seed(args.seed)  # the adapter's random start
-        model, self.ref_model = _policy_and_reference(model, args, ref_model, self.objective.needs_reference)
+        model, self.ref_model = policy_and_reference(model, args, ref_model, self.objective.needs_reference)
         output_head(model)  # refuses an adapter on the head before anything runs
         if args.disable_dropout:
             disable_dropout(model)
@@ -278,75 +268,14 @@ class AspoTrainer(Trainer):
             resume_from_checkpoint = str(found)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(self.model, resume_from_checkpoint)
 
-def _policy_and_reference(
-    model: nn.Module, args: AspoConfig, ref_model: nn.Module | None, needs_reference: bool
-) -> tuple[nn.Module, nn.Module | None]:
-    """The model to train, and the reference (None = the policy with its adapter off, or not needed)."""
-    if isinstance(model, PeftModel):
-        if not args.use_lora or not isinstance(model.base_model, LoraModel):
-            kind = type(model.base_model).__name__
-            raise ValueError(
-                f"the model has an adapter ({kind}), and use_lora is {args.use_lora}: to train it, {MERGE}"
-            )
-        if not any(p.requires_grad for p in model.parameters()):
-            raise ValueError(f"the start model is an adapter that is trained already; to start from it, {MERGE}")
-        return model, ref_model
-    if args.use_lora:
-        return add_lora(model, args), ref_model
-    if needs_reference and ref_model is None:
-        ref_model = copy.deepcopy(model)
-    model.requires_grad_(True)
-    if args.freeze_vision and isinstance(vision := vision_tower(model), nn.Module):
-        vision.requires_grad_(False)
-    return model, ref_model
-
-
-def vision_tower(model: Any) -> nn.Module | None:
-    """The image encoder of a vision-language model, or None."""
-    encoder = model.get_encoder(modality="image")
-    return None if encoder is model or encoder is model.base_model else encoder
-
-
-def add_lora(model: Any, args: AspoConfig) -> PeftModel:
-    """`model` with fresh LoRA layers, which start as no change at all."""
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=args.lora_r or 0,
-            lora_alpha=args.lora_alpha or 0,
-            lora_dropout=args.lora_dropout or 0.0,
-            target_modules=lora_targets(model, args.lora_target_modules),
-            task_type="CAUSAL_LM",
-        ),
-    )
-
-
-def lora_targets(model: Any, names: Sequence[str] | None = None) -> str:
-    """A regular expression over module names: the linear layers of the language model, all or those named.
-
-    The vision tower has layers of the same names (q_proj, ...), and stays out; a single name that is a regular
-    expression itself is returned as it is.
-    """
-    if names and len(names) == 1 and re.search(r"[.*+?|()\[\]\\^$]", names[0]):
-        return names[0]
-    decoder = model.get_decoder()
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    linear = {name.rpartition(".")[2] for name, m in decoder.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    missing = sorted(set(names or ()) - linear)
-    if missing:
-        raise ValueError(
-            f"lora_target_modules: {missing[0]!r} is no linear layer of the language model; it has "
-            f"{', '.join(sorted(linear))} (the output head cannot be adapted)"
-        )
-    return rf"{re.escape(prefix)}\.(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(names or linear)))})"
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0: of Dropout modules, and the numbers that attention layers keep."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PeftModel):
+            super()._load_best_model()
+        else:
+            load_weights(self.model, str(self.state.best_model_checkpoint))

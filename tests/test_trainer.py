@@ -17,7 +17,8 @@ from aspo.config import AspoConfig
 from aspo.data import Collator
 from aspo.meters import Meters
 from aspo.model import generate, load_model
-from aspo.trainer import AspoTrainer, add_lora, lora_targets
+from aspo.policy import add_lora, lora_targets
+from aspo.trainer import AspoTrainer
 from aspo_kernels import objectives, sentence_dpo_loss_from_logits
 
 
@@ -454,3 +455,24 @@ def test_what_is_saved_loads_with_plain_from_pretrained(make, folder, tmp_path, 
     assert answer == generate(trainer.model, trainer.processing_class, [row], max_new_tokens=12)[0]
     start, _ = load_model(folder)
     assert answer != generate(start, processor, [row], max_new_tokens=12)[0]
+
+
+def test_the_best_checkpoint_of_full_fine_tuning_is_loaded(make):
+    """Trainer compares bare names, and of a LLaVA none match those it is saved under."""
+    trainer = make(
+        use_lora=False,
+        max_steps=2,
+        learning_rate=3e-3,
+        eval_rows=tiny_rows(2),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="logps/rejected",  # falls with every step, so the first checkpoint is the best
+        greater_is_better=True,
+    )
+    trainer.train()
+    history = [entry["eval_logps/rejected"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1") and history[0] > history[1]
+    assert trainer.evaluate()["eval_logps/rejected"] == pytest.approx(history[0], abs=1e-4)

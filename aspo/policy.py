@@ -1,0 +1,103 @@
+"""What is trained and what it is compared with: LoRA or full fine-tuning, the frozen reference, dropout."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraModel
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from aspo.config import AspoConfig
+
+MERGE = (
+    "merge it into its base first: "
+    "peft.PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)"
+)
+
+
+def policy_and_reference(
+    model: nn.Module, args: AspoConfig, ref_model: nn.Module | None, needs_reference: bool
+) -> tuple[nn.Module, nn.Module | None]:
+    """The model to train, and the reference (None = the policy with its adapter off, or not needed)."""
+    if isinstance(model, PeftModel):
+        if not args.use_lora or not isinstance(model.base_model, LoraModel):
+            kind = type(model.base_model).__name__
+            raise ValueError(
+                f"the model has an adapter ({kind}), and use_lora is {args.use_lora}: to train it, {MERGE}"
+            )
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(f"the start model is an adapter that is trained already; to start from it, {MERGE}")
+        return model, ref_model
+    if args.use_lora:
+        return add_lora(model, args), ref_model
+    if needs_reference and ref_model is None:
+        ref_model = copy.deepcopy(model)
+    model.requires_grad_(True)
+    if args.freeze_vision and isinstance(vision := vision_tower(model), nn.Module):
+        vision.requires_grad_(False)
+    return model, ref_model
+
+
+def vision_tower(model: Any) -> nn.Module | None:
+    """The image encoder of a vision-language model, or None."""
+    encoder = model.get_encoder(modality="image")
+    return None if encoder is model or encoder is model.base_model else encoder
+
+
+def add_lora(model: Any, args: AspoConfig) -> PeftModel:
+    """`model` with fresh LoRA layers, which start as no change at all."""
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=args.lora_r or 0,
+            lora_alpha=args.lora_alpha or 0,
+            lora_dropout=args.lora_dropout or 0.0,
+            target_modules=lora_targets(model, args.lora_target_modules),
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def lora_targets(model: Any, names: Sequence[str] | None = None) -> str:
+    """A regular expression over module names: the linear layers of the language model, all or those named.
+
+    The vision tower has layers of the same names (q_proj, ...), and stays out; a single name that is a regular
+    expression itself is returned as it is.
+    """
+    if names and len(names) == 1 and re.search(r"[.*+?|()\[\]\\^$]", names[0]):
+        return names[0]
+    decoder = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    linear = {name.rpartition(".")[2] for name, m in decoder.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    missing = sorted(set(names or ()) - linear)
+    if missing:
+        raise ValueError(
+            f"lora_target_modules: {missing[0]!r} is no linear layer of the language model; it has "
+            f"{', '.join(sorted(linear))} (the output head cannot be adapted)"
+        )
+    return rf"{re.escape(prefix)}\.(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(names or linear)))})"
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0: of Dropout modules, and the numbers that attention layers keep."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def load_weights(model: Any, folder: str) -> None:
+    """Read a checkpoint's weights into `model`, all of them.
+
+    Through `from_pretrained`, which knows the names under which a model is saved. Trainer compares the bare names: of a
+    LLaVA none match, and it would go on from the start weights with no more than a warning.
+    """
+    saved = type(model).from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
