@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aspo_kernels.checks import check_positive
 from aspo_kernels.layout import SentenceLayout
 from aspo_kernels.objectives import Inputs, Result, register
 from aspo_kernels.segments import segment_max, segment_min, segment_minmax, segment_sum, spread_over
@@ -21,8 +22,9 @@ MIN_RANGE = 1e-5  # a spread this small, of similarities or of mean negative log
 MIN_WEIGHTED_LOGRATIO = 1e-6  # below this the `reward` normaliser is 0/0 (at step 0, always)
 
 
-def check_options(alpha: float, normalizer: str, perplexity: str, perplexity_scale: str) -> None:
+def check_options(beta: float, alpha: float, normalizer: str, perplexity: str, perplexity_scale: str) -> None:
     """Raise ValueError for a value outside ASPO's options."""
+    check_positive("beta", beta)
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha is {alpha}; it must be in [0, 1] (1 = similarity alone, 0 = perplexity alone)")
     for name, value, allowed in (
@@ -105,7 +107,7 @@ def aspo(
     Without similarities it is ASPO-P whatever alpha is; alpha = 1 is ASPO-S. Constant w (normaliser `sentence` or
     `token`) is exactly DPO.
     """
-    check_options(alpha, normalizer, perplexity, perplexity_scale)
+    check_options(beta, alpha, normalizer, perplexity, perplexity_scale)
     weights = sentence_weights(x, alpha, perplexity, perplexity_scale)
     ratio, fell_back = length_ratio(x, weights, normalizer)
     weighted = ratio * segment_sum((1 + weights) * x.sentence_logratios, x.layout.response_offsets)

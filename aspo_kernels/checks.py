@@ -55,6 +55,12 @@ def check_targets(targets: Tensor, size: int, vocabulary: int, device: torch.dev
                 )
 
 
+def check_positive(name: str, value: float) -> None:
+    """An option that must be positive and finite."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} is {value}; it must be positive and finite")
+
+
 def check_finite_logps(logps: Tensor, targets: Tensor) -> None:
     """On the CPU, where looking is free: every log-probability is finite."""
     if logps.device.type != "cpu" or not logps.numel():

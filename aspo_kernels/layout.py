@@ -32,6 +32,8 @@ class SentenceLayout:
         role: (R,) int64, 0 = chosen, 1.. = the others (rejected, further negatives).
         perplexity_mask: (N,) bool or None, tokens that a sentence's perplexity averages over. EOS belongs to the
             last sentence's log-ratio but not to its perplexity. None = all of them.
+        padded_shape: (R, T) of the hidden states that hidden_index was made for, so that hidden states of another
+            shape are refused and not read at the wrong rows; None = unknown.
     """
 
     targets: Tensor
@@ -41,6 +43,7 @@ class SentenceLayout:
     group: Tensor
     role: Tensor
     perplexity_mask: Tensor | None = None
+    padded_shape: tuple[int, int] | None = None
 
     # Derived once, on the layout's device: index tensors that the losses use.
     num_items: int = field(init=False, default=-1)
@@ -176,7 +179,7 @@ class SentenceLayout:
                 f"{tuple(sentence_ids.shape)}"
             )
         _check_integer(labels=labels, sentence_ids=sentence_ids)
-        rows, _ = labels.shape
+        rows, length = labels.shape
         if (group is None) != (role is None):
             raise ValueError("group and role go together: pass both or neither")
         if group is None or role is None:
@@ -201,12 +204,13 @@ class SentenceLayout:
         targets = labels[row, column].long()
         return cls(
             targets=targets,
-            hidden_index=row * labels.shape[1] + column,
+            hidden_index=row * length + column,
             sentence_offsets=sentence_offsets,
             response_offsets=response_offsets,
             group=group.long(),
             role=role.long(),
             perplexity_mask=_without_final_eos(targets, sentence_offsets, response_offsets, eos_token_id),
+            padded_shape=(rows, length),
         )
 
 

@@ -15,6 +15,7 @@ Axes: N counted tokens, S sentences, R responses, B items.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aspo_kernels.checks import check_positive
 from aspo_kernels.layout import SentenceLayout
 from aspo_kernels.segments import segment_sum
 
@@ -111,7 +113,7 @@ class Result:
     stats: dict[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed as the object it is: a key of weighted_sum
 class Objective:
     """A named objective; call it with Inputs and its options."""
 
@@ -184,6 +186,9 @@ def weighted_sum(weights: Mapping[str | Objective, float]) -> Objective:
     members = [(get(name), float(weight)) for name, weight in weights.items()]
     if not members:
         raise ValueError("weighted_sum needs at least one objective")
+    for member, weight in members:
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight of {member.name!r} is {weight}; it must be finite")
     takes = {k: v for member, _ in reversed(members) for k, v in member.options.items()}
 
     def total(inputs: Inputs, **given: Any) -> Result:
@@ -202,6 +207,7 @@ def weighted_sum(weights: Mapping[str | Objective, float]) -> Objective:
 @register("dpo")
 def dpo(x: Inputs, beta: float = 0.1, label_smoothing: float = 0.0) -> Result:
     """-(1 - e) log sigmoid(m) - e log sigmoid(-m), m = beta (h(y_c) - h(y_r)).  (DPO, arXiv 2305.18290)"""
+    check_positive("beta", beta)
     if not 0.0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing is {label_smoothing}; it must be in [0, 0.5)")
     chosen, rejected = x.pair(x.response_logratios)
@@ -213,8 +219,7 @@ def dpo(x: Inputs, beta: float = 0.1, label_smoothing: float = 0.0) -> Result:
 @register("ipo")
 def ipo(x: Inputs, beta: float = 0.1) -> Result:
     """(d - 1 / (2 beta))^2, d = h(y_c) / |y_c| - h(y_r) / |y_r|.  (IPO, arXiv 2310.12036; per token as TRL does)"""
-    if beta <= 0:
-        raise ValueError(f"beta is {beta}; IPO needs beta > 0")
+    check_positive("beta", beta)
     chosen, rejected = x.pair(x.response_logratios / x.lengths)
     return Result((chosen - rejected - 1 / (2 * beta)) ** 2, x.reward_stats(beta))
 
@@ -222,6 +227,7 @@ def ipo(x: Inputs, beta: float = 0.1) -> Result:
 @register("hinge")
 def hinge(x: Inputs, beta: float = 0.1) -> Result:
     """max(0, 1 - beta (h(y_c) - h(y_r))).  (SLiC-HF, arXiv 2305.10425)"""
+    check_positive("beta", beta)
     chosen, rejected = x.pair(x.response_logratios)
     return Result(torch.relu(1 - beta * (chosen - rejected)), x.reward_stats(beta))
 
@@ -229,6 +235,9 @@ def hinge(x: Inputs, beta: float = 0.1) -> Result:
 @register("simpo", needs_reference=False)
 def simpo(x: Inputs, beta: float = 2.0, gamma: float = 1.0) -> Result:
     """-log sigmoid(beta (logp(y_c) / |y_c| - logp(y_r) / |y_r|) - gamma).  (SimPO, arXiv 2405.14734)"""
+    check_positive("beta", beta)
+    if not math.isfinite(gamma):
+        raise ValueError(f"gamma is {gamma}; it must be finite")
     chosen, rejected = x.pair(beta * x.response_logps / x.lengths)
     stats = {"chosen_rewards": chosen, "rejected_rewards": rejected, "margins": chosen - rejected}
     return Result(-F.logsigmoid(chosen - rejected - gamma), {k: v.detach() for k, v in stats.items()})

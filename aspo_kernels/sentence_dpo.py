@@ -89,8 +89,8 @@ def sentence_dpo_loss(
 
     With no pairs the loss is a connected zero.
     """
-    _check_call(reduction, beta, (ref_hidden is None) == (ref_logps is None), "ref_hidden or ref_logps", layout)
-    check_aspo_options(alpha, normalizer, perplexity, perplexity_scale)
+    _check_call(reduction, (ref_hidden is None) == (ref_logps is None), "ref_hidden or ref_logps", layout)
+    check_aspo_options(beta, alpha, normalizer, perplexity, perplexity_scale)
     if ref_logps is not None and (ref_head is not None or ref_bias is not None):
         raise ValueError("ref_head and ref_bias belong to ref_hidden; with ref_logps leave them out")
     if validate:
@@ -136,8 +136,8 @@ def sentence_dpo_loss_from_logits(
 
     The other arguments, the result and the errors are `sentence_dpo_loss`'s.
     """
-    _check_call(reduction, beta, (ref_logits is None) == (ref_logps is None), "ref_logits or ref_logps", layout)
-    check_aspo_options(alpha, normalizer, perplexity, perplexity_scale)
+    _check_call(reduction, (ref_logits is None) == (ref_logps is None), "ref_logits or ref_logps", layout)
+    check_aspo_options(beta, alpha, normalizer, perplexity, perplexity_scale)
     if validate:
         layout.validate()
     logps = gathered_token_logps(
@@ -169,6 +169,7 @@ def gather_hidden(hidden: Tensor, layout: SentenceLayout, name: str = "hidden") 
             f"{name} must be (R, T, H) with at least {layout.hidden_rows} rows in all, or ({layout.num_tokens}, H) "
             f"already gathered; got {tuple(hidden.shape)}"
         )
+    _check_padded_shape(hidden, layout, name)
     return hidden.flatten(0, 1)[layout.hidden_index]
 
 
@@ -182,14 +183,22 @@ def _flat_logits(logits: Tensor, layout: SentenceLayout, name: str = "logits") -
         raise ValueError(
             f"the layout is on {layout.targets.device} but {name} on {logits.device}: use layout.to(device)"
         )
+    _check_padded_shape(logits, layout, name)
     return logits.flatten(0, 1)
 
 
-def _check_call(reduction: str, beta: float, both_or_neither: bool, one_of: str, layout: SentenceLayout) -> None:
+def _check_padded_shape(padded: Tensor, layout: SentenceLayout, name: str) -> None:
+    """(R, T) must be the labels': with another T every row after the first would be read too early or late."""
+    if layout.padded_shape is not None and padded.shape[:2] != layout.padded_shape:
+        raise ValueError(
+            f"{name} is {tuple(padded.shape)} but the layout's labels were {layout.padded_shape}: labels[r, t] is the "
+            f"token that {name}[r, t] predicts, so their (R, T) must be the same"
+        )
+
+
+def _check_call(reduction: str, both_or_neither: bool, one_of: str, layout: SentenceLayout) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; choose one of {', '.join(REDUCTIONS)}")
-    if not 0 < beta < float("inf"):
-        raise ValueError(f"beta is {beta}; it must be positive and finite")
     if both_or_neither:
         raise ValueError(f"pass exactly one of {one_of}")
     layout.require_nonempty()
