@@ -64,8 +64,10 @@ def encode_prompt(processor: Any, prompt: str | Sequence[Mapping[str, Any]], ima
         if not probe:
             raise ValueError("the chat template leaves out the assistant's message; training needs a template with it")
         lead = before.removeprefix(text) if before.startswith(text) else ""
+    # As transformers does: a tokenizer's template writes every special token itself, a processor's may leave BOS out.
     bos = tokenizer.bos_token
-    return Prompt(text, lead, end, not (bos and text.startswith(bos)))
+    writes_bos = bool(bos and text.startswith(bos)) or (processor is tokenizer and template is not None)
+    return Prompt(text, lead, end, add_special_tokens=not writes_bos)
 
 
 def encode_response(processor: Any, prompt: Prompt, response: str) -> tuple[list[int], list[tuple[int, int]]]:

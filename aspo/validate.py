@@ -61,12 +61,15 @@ def _check_prompt(row: Row) -> None:
     prompt, marks = row["prompt"], 0
     if isinstance(prompt, str):
         texts = [prompt]
-    elif isinstance(prompt, Sequence) and prompt and all(isinstance(m, Mapping) and "role" in m for m in prompt):
+    elif isinstance(prompt, Sequence) and prompt and all(map(_is_message, prompt)):
         if prompt[-1]["role"] == "assistant":
             raise ValueError("it ends with an assistant message; move its text into the responses")
         parts = [p for m in prompt for p in ([m["content"]] if isinstance(m["content"], str) else m["content"])]
         texts = [p if isinstance(p, str) else p.get("text") or "" for p in parts]
-        marks = sum(isinstance(p, Mapping) and p.get("type") == "image" for p in parts)
+        kinds = [p.get("type") for p in parts if isinstance(p, Mapping)]
+        marks = kinds.count("image")
+        if unknown := set(kinds) - {"text", "image"}:
+            raise ValueError(f"a message part of type {unknown.pop()!r}: only 'text' and 'image' are supported")
     else:
         raise ValueError(f"it must be a text or a list of messages with role and content, got {short_repr(prompt)}")
     images = len(image_entries(row))
@@ -75,6 +78,13 @@ def _check_prompt(row: Row) -> None:
         raise ValueError(f"it marks {marks} images, but the row has {images}: make them equal, or mark none")
     if not images and not any(text.strip() for text in texts):
         raise ValueError("it is empty")
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
+        return False
+    content = value.get("content")
+    return isinstance(content, str) or (isinstance(content, list) and all(isinstance(p, Mapping) for p in content))
 
 
 def _check_images(row: Row) -> None:

@@ -135,7 +135,7 @@ def test_a_text_tokenizer_is_enough_for_text_rows():
     batch = Collator(tiny_tokenizer())(rows)
     assert set(batch["model_inputs"]) == {"input_ids", "attention_mask"}
     assert TOKENIZER.decode(batch["model_inputs"]["input_ids"][0]) == (
-        "<bos>USER: Hello.\nASSISTANT: It is red. It is small.<eos>"
+        "USER: Hello.\nASSISTANT: It is red. It is small.<eos>"  # a tokenizer's template writes BOS itself, or has none
     )
     with pytest.raises(ValueError, match=r"row 'a': 1 images.* has no image processor"):
         Collator(tiny_tokenizer())([{**rows[0], "images": [tiny_image()]}])

@@ -155,6 +155,11 @@ def test_llava_rows_are_prompts(tmp_path):
         ({"rejected": "SAME"}, "column 'rejected': it is the same text as 'chosen'"),
         ({"prompt": None}, "column 'prompt': missing"),
         ({"prompt": 5}, "column 'prompt': it must be a text"),
+        ({"prompt": [{"role": "user"}]}, "column 'prompt': it must be a text"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "video"}]}]},
+            "column 'prompt': a message part of type 'video'",
+        ),
         ({"prompt": []}, "column 'prompt': it must be a text"),
         ({"prompt": " ", "images": []}, "column 'prompt': it is empty"),
         ({"prompt": "<image> and <image>"}, "column 'prompt': it marks 2 images, but the row has 1"),
