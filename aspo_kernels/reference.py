@@ -139,7 +139,7 @@ def aspo_loss(
         scores = None if similarity is None else [float(similarity[position[s]]) for s in sentences]
         w = aspo_weights(scores, nlls, alpha, perplexity_scale)
         lengths = [span.stop - span.start for span in spans]
-        ratio = length_ratio(w, [float(h_sentence[s]) for s in sentences], lengths, normalizer)
+        ratio = length_ratio(w, [float(h_sentence[s].detach()) for s in sentences], lengths, normalizer)
         weighted = sum((1 + w_i) * h_sentence[s] for w_i, s in zip(w, sentences, strict=True))
         margins.append(ratio * beta * weighted - beta * h_response[r])
         weights.update(zip(sentences, w, strict=True))
