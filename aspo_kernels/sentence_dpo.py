@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aspo_kernels.aspo import aspo
 from aspo_kernels.aspo import check_options as check_aspo_options
+from aspo_kernels.checks import check_head
 from aspo_kernels.layout import SentenceLayout
 from aspo_kernels.linear_logps import linear_logps
 from aspo_kernels.objectives import Inputs
@@ -109,6 +110,8 @@ def sentence_dpo_loss(
             ref_head, ref_bias = head, bias if ref_bias is None else ref_bias
         with torch.no_grad():
             ref_rows = gather_hidden(ref_hidden, layout, "ref_hidden")
+            if not torch.is_autocast_enabled(ref_rows.device.type):  # which makes them alike
+                check_head(ref_rows, ref_head, ref_bias, "ref_hidden")
             ref_logps = linear_logps(ref_rows, ref_head, layout.targets, bias=ref_bias, **head_options)
     return _loss(
         layout, logps, ref_logps, similarity, reduction, beta=beta, alpha=alpha, normalizer=normalizer,
