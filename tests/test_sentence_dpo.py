@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -318,6 +320,13 @@ def test_step_in_bf16_autocast(case):
     narrow_leaves = leaves(case.hidden.bfloat16(), case.head.bfloat16())
     narrow = call(case, *narrow_leaves, ref_hidden=case.ref_hidden.bfloat16())
     assert torch.equal(out.loss, narrow.loss)
+
+
+def test_the_plain_loop_learns(capsys):
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "plain_loop.py"))
+    losses = [float(line.split("loss ")[1].split()[0]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses[-1] < 0.05
 
 
 # --- errors ---
