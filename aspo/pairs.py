@@ -214,10 +214,12 @@ def run(args: argparse.Namespace) -> int:
     validate_rows(rows, "prompt")
     _check_ids(rows)
     out = Path(args.out)
-    _check_settings(args, out)
+    settings = _check_settings(args, out)
     ids = set(rows["id"])
     if not ids <= recorded(out).keys():
         model, processor = load_model(args.model, args.dtype, device=args.device)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
         with progress_bar() as bar:
             task = bar.add_task("answering", total=len(rows))
             make_pairs(
@@ -245,23 +247,20 @@ def _check_ids(rows: Any) -> None:
         raise ValueError(f"{row_name({'id': twice[0]})} is there more than once; ids must differ to go on after a stop")
 
 
-def _check_settings(args: argparse.Namespace, out: Path) -> None:
-    """Keep the settings beside the pairs; a run that goes on must have the same."""
+def _check_settings(args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """The settings that make the pairs what they are; a run that goes on must have the same."""
     names = ("model", "data", "noise_step", "max_new_tokens", "temperature", "seed", "batch_size", "dtype")
     settings = {name: getattr(args, name) for name in names}
     path = out / SETTINGS_FILE
-    if path.exists():
-        before = json.loads(path.read_text())
-        for name, value in settings.items():
-            if before.get(name) != value:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(
-                    f"{out} was begun with {flag} {before.get(name)}, not {value}; use the same, or another --out"
-                )
-    elif (out / ROWS_FILE).exists():
+    if not (out / ROWS_FILE).exists() and not (out / DONE_FILE).exists():
+        return settings
+    if not path.exists():
         raise ValueError(f"{out} already holds rows that `aspo pairs` did not make; use another --out")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(settings, indent=2) + "\n")
-        partial.replace(path)
+    before = json.loads(path.read_text())
+    for name, value in settings.items():
+        if before.get(name) != value:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{out} was begun with {flag} {before.get(name)}, not {value}; use the same, or another --out"
+            )
+    return settings

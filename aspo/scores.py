@@ -158,7 +158,6 @@ def run(args: argparse.Namespace) -> int:
     validate_rows(rows)
     columns = ("chosen", "rejected") if args.rejected else ("chosen",)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     scorer = load_scorer(args.scorer, args.device)
     scored: list[list[float]] = []
 

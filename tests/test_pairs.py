@@ -204,6 +204,9 @@ def test_command_errors(answering, prompts, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             command(*argv, *bad)
+    with pytest.raises(ValueError, match="holds no model"):
+        command(*argv[2:], "--model", tmp_path)
+    assert not (tmp_path / "out").exists()  # what could not begin leaves nothing behind
     with pytest.raises(ValueError, match="no pair was made of 5 prompts"):
         command(*argv, "--max-new-tokens", 1, "--limit", 5)
     rows = json.loads(prompts.read_text())
