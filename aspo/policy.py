@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,16 +52,16 @@ def vision_tower(model: Any) -> nn.Module | None:
 
 def add_lora(model: Any, args: AspoConfig) -> PeftModel:
     """`model` with fresh LoRA layers, which start as no change at all."""
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=args.lora_r or 0,
-            lora_alpha=args.lora_alpha or 0,
-            lora_dropout=args.lora_dropout or 0.0,
-            target_modules=lora_targets(model, args.lora_target_modules),
-            task_type="CAUSAL_LM",
-        ),
+    config = LoraConfig(
+        r=args.lora_r or 0,
+        lora_alpha=args.lora_alpha or 0,
+        lora_dropout=args.lora_dropout or 0.0,
+        target_modules=lora_targets(model, args.lora_target_modules),
+        task_type="CAUSAL_LM",
     )
+    with warnings.catch_warnings():  # peft asks transformers by a name that newer versions call deprecated
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def lora_targets(model: Any, names: Sequence[str] | None = None) -> str:

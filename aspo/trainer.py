@@ -72,7 +72,7 @@ class AspoTrainer(Trainer):
         self.objective: objectives.Objective = args.objective()
         self.objective_options = args.objective_options()
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,))):
-            if dataset is not None and len(dataset):
+            if hasattr(dataset, "__getitem__") and len(dataset):  # a stream is checked as it comes
                 self._require_similarity(dataset[0].get("chosen_similarity"))
 
         self._starts_at_reference = ref_model is None and not isinstance(model, PeftModel)
@@ -86,7 +86,7 @@ class AspoTrainer(Trainer):
         self._meters = {"train": Meters(), "eval": Meters()}
         self._rewards_before: tuple[float, float] | None = None
         self._falling = 0
-        self._checked = False
+        self._head_checked = self._start_checked = False
         self._eval_loss = (0.0, 0)
         super().__init__(
             model=model,
@@ -141,11 +141,10 @@ class AspoTrainer(Trainer):
         num_items_in_batch: int | Tensor | None = None,
     ) -> Any:
         """sum_pairs sample_weight * loss / (pairs of the accumulation window; this batch's where it is None)."""
-        if not self._checked and self.model.training:
+        if not self._head_checked:
             self._check_head(inputs)
         objective_inputs, result = self.pair_losses(inputs)
-        if not self._checked and self.model.training:
-            self._checked = True
+        if self.model.training and not self._start_checked:
             self._check_start(objective_inputs, result)
         mode = "train" if self.model.training else "eval"
         record(self._meters[mode], objective_inputs, result)
@@ -164,9 +163,11 @@ class AspoTrainer(Trainer):
         policy = self.accelerator.unwrap_model(self.model)
         with inference(policy), self.accelerator.autocast():
             check_head(policy, inputs["model_inputs"])
+        self._head_checked = True
 
     def _check_start(self, inputs: objectives.Inputs, result: objectives.Result) -> None:
         """At the true step 0 policy = reference, and so the loss is what it is for equal ones (DPO: ln 2)."""
+        self._start_checked = True
         if self.state.global_step > 0 or inputs.ref_logps is None:
             return
         equal = objectives.Inputs(inputs.layout, inputs.logps.detach(), inputs.logps.detach(), inputs.similarity)
