@@ -36,7 +36,7 @@ class Collator:
     """Rows -> one padded batch. Each image is decoded and processed once for all responses of its row.
 
     Args:
-        processor: a processor, or a fast tokenizer for text-only models. A missing pad token is set to EOS.
+        processor: a processor, or a fast tokenizer for text-only models; EOS becomes its pad token where it has none.
         max_length: tokens of prompt + response; a longer response is cut (its lost sentences and their similarities
             with it), the prompt and its image tokens never are. None = no limit.
         splitter: cuts responses that come without sentence spans.
@@ -63,14 +63,12 @@ class Collator:
             raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer: sentences need character offsets")
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length is {max_length}; it must be at least 1, or None for no limit")
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
         self.processor, self.max_length, self.splitter = processor, max_length, splitter
         self.responses = tuple(responses)
         self._warned = False
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        images = [load_images(row) for row in rows]
+        images = [named(row, load_images, row) for row in rows]
         prompts = [
             named(row, encode_prompt, self.processor, row["prompt"], pictures)
             for row, pictures in zip(rows, images, strict=True)

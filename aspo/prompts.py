@@ -1,6 +1,7 @@
 """Prompts and responses as text and token ids: the one place that knows chat templates and end-of-turn tokens."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -101,19 +102,25 @@ def encode_response(processor: Any, prompt: Prompt, response: str) -> tuple[list
 def end_of_turn(processor: Any, prompt: Prompt) -> list[int]:
     """The ids that close a response; the last one is the end-of-turn token."""
     tokenizer = tokenizer_of(processor)
-    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     ids = tokenizer(prompt.end, add_special_tokens=False)["input_ids"] if prompt.end.strip() else []
     for n, token_id in enumerate(ids):
-        if token_id in special:
+        if token_id in _special_ids(tokenizer, len(tokenizer)):
             return ids[: n + 1]
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{type(tokenizer).__name__} has no EOS token: set tokenizer.eos_token")
     return [tokenizer.eos_token_id]
 
 
+@lru_cache(maxsize=8)
+def _special_ids(tokenizer: Any, size: int) -> frozenset[int]:
+    """All ids that stand for no text. `size` is the vocabulary's: tokens added later make a new entry."""
+    added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(tokenizer.all_special_ids) | added
+
+
 def generation_inputs(processor: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
     """Model inputs for `model.generate`: the rows' prompts and images, padded on the left."""
-    images = [load_images(row) for row in rows]
+    images = [named(row, load_images, row) for row in rows]
     prompts = [
         named(row, encode_prompt, processor, row["prompt"], pictures)
         for row, pictures in zip(rows, images, strict=True)
@@ -167,7 +174,13 @@ def _messages(prompt: str | Sequence[Mapping[str, Any]], num_images: int) -> lis
 def run_processor(
     processor: Any, prompts: Sequence[Prompt], images: Sequence[Sequence[Image.Image]], padding_side: str
 ) -> dict[str, Tensor]:
-    """The processor on a batch: input_ids and attention_mask padded on `padding_side`, and what it makes of images."""
+    """The processor on a batch: input_ids and attention_mask padded on `padding_side`, and what it makes of images.
+
+    A tokenizer without a pad token gets EOS as one.
+    """
+    tokenizer = tokenizer_of(processor)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     flags = {prompt.add_special_tokens for prompt in prompts}
     if len(flags) > 1:
         raise ValueError("some prompts of this batch begin with the BOS text and some do not: write them all alike")

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from aspo.data import load_images, load_rows, response_text, row_name, validate_rows, write_rows
 from aspo.folder import append_line, image_bytes, image_entries, read_lines
+from aspo.prompts import named
 from aspo.scorers import Scorer, load_scorer
 from aspo.sentences import Splitter, check_spans, split_sentences
 
@@ -108,7 +109,7 @@ def _missing_scores(
     if not wanted:
         return {}
     needed = sorted({n for n, _ in wanted.values()})
-    images = scorer.image_features([load_images(batch[n])[0] for n in needed])
+    images = scorer.image_features([named(batch[n], load_images, batch[n])[0] for n in needed])
     texts = list(dict.fromkeys(sentence for _, sentence in wanted.values()))
     features = scorer.text_features(texts)
     image_of, text_of = {n: i for i, n in enumerate(needed)}, {text: i for i, text in enumerate(texts)}

@@ -180,6 +180,7 @@ def test_truncation_says_so_once(caplog):
             {},
             "row 'row-1': a message part of type 'video'",
         ),
+        ({"images": ["/no/such.png"]}, {}, "row 'row-1': image /no/such.png cannot be read"),
         ({"chosen": ""}, {}, "row 'row-1': column 'chosen': the response is empty"),
         ({"chosen": "It is <image>."}, {}, "row 'row-1': the response holds the image token"),
         ({"chosen_sentences": [[0, 3]]}, {}, "row 'row-1': .*the sentences end at character 3"),
@@ -330,6 +331,15 @@ def test_every_counted_token_has_one_sentence(responses, room):
     assert offsets[0] == 0 and offsets[-1] == layout.num_tokens and (offsets.diff() > 0).all()
     assert (layout.response_offsets.diff() > 0).all()
     assert layout.num_responses == 2 * len(rows)
+
+
+def test_a_missing_pad_token_becomes_eos():
+    processor = tiny_processor()
+    processor.tokenizer.pad_token = None
+    inputs = generation_inputs(processor, [*tiny_rows(1), {"prompt": "Hi", "images": tiny_rows(1)[0]["images"]}])
+    assert inputs["input_ids"][1, 0] == EOS and inputs["attention_mask"][1, 0] == 0
+    ids = Collator(processor)(tiny_rows(2))
+    assert decoded_targets(ids)[0].count("<eos>") == 1
 
 
 def test_generation_inputs_are_the_prompts_padded_on_the_left():
