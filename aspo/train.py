@@ -201,14 +201,15 @@ def train(config: AspoConfig) -> None:
         trainer.add_callback(Progress())
     record["started"] = before["started"] if before and checkpoint else record["started"]
     write_json(path, record)
-    with Interrupt() as interrupt:
-        trainer.add_callback(interrupt)
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-    if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
-        raise KeyboardInterrupt
+    if checkpoint is None or not trainer.restore_finished(checkpoint):
+        with Interrupt() as interrupt:
+            trainer.add_callback(interrupt)
+            trainer.train(resume_from_checkpoint=checkpoint)
+        if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
+            raise KeyboardInterrupt
     trainer.save_model()
     trainer.save_state()
-    write_json(path, {**record, "finished": _now(), "steps": result.global_step, "metrics": result.metrics})
+    write_json(path, {**record, "finished": _now(), "steps": trainer.state.global_step})
 
 
 def _load(source: str | None) -> Any:

@@ -6,6 +6,7 @@ Axes: B pairs, R = 2B rows of a batch, T padded length, H hidden size, N counted
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from aspo.config import AspoConfig
@@ -268,6 +269,18 @@ class AspoTrainer(Trainer):
                 raise ValueError(f"{self.args.output_dir} has no complete checkpoint to go on from")
             resume_from_checkpoint = str(found)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def restore_finished(self, checkpoint: str) -> bool:
+        """Load a checkpoint if it is the last one of its run, and say whether it was.
+
+        `train` would go one step beyond the end from there, where that is not the end of an epoch.
+        """
+        state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        if state.global_step < state.max_steps:
+            return False
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        return True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if isinstance(self.model, PeftModel):

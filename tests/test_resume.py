@@ -180,6 +180,22 @@ def test_a_finished_run_is_left_alone_and_another_refused(workplace, tmp_path, c
     assert "checkpoints of something else" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("use_lora", [True, False])
+def test_a_run_killed_after_its_last_step_takes_no_further_one(workplace, tmp_path, use_lora):
+    """Stopped between the last checkpoint and the final save, in the middle of an epoch."""
+    more = ["--no_use_lora"] * (not use_lora)
+    run = [*map(str, flags(workplace, tmp_path / "out", "--max_steps", 2, *more))]
+    assert cli.main(run) == 0
+    weights = tmp_path / "out" / ("adapter_model.safetensors" if use_lora else "model.safetensors")
+    weights.rename(tmp_path / "expected.safetensors")
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    write_json(tmp_path / "out" / "run.json", {**record, "finished": None})
+    assert cli.main(run) == 0
+    assert_same_weights(tmp_path / "expected.safetensors", weights)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["steps"] == 2
+    assert not (tmp_path / "out" / "checkpoint-3").exists()
+
+
 # ---- complete checkpoints ----
 
 
