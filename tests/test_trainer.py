@@ -3,6 +3,7 @@
 import aspo  # noqa: F401  first: it makes torchvision importable on a CPU torch
 
 # isort: split
+import contextlib
 import copy
 import math
 import warnings
@@ -57,11 +58,11 @@ SGD = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "max_steps": 
 
 
 def start_unlike_reference(trainer):
-    """LoRA's B starts at 0; random values make policy and reference differ, so that every term has a gradient."""
+    """Move what trains (LoRA's B starts at 0), so that policy and reference differ and every term has a gradient."""
     generator = torch.Generator().manual_seed(3)
     for name, p in trainer.model.named_parameters():
-        if "lora_B" in name:
-            p.data.copy_(0.05 * torch.randn(p.shape, generator=generator))
+        if p.requires_grad and "lora_A" not in name:
+            p.data.add_(0.03 * torch.randn(p.shape, generator=generator))
     trainer._starts_at_reference = False
 
 
@@ -76,16 +77,16 @@ def test_dpo_starts_at_ln_2(make, use_lora):
 
 
 @pytest.mark.filterwarnings("ignore:step 0")
-@pytest.mark.parametrize("normalizer", ["sentence", "reward"])
-def test_aspo_gradients_are_those_of_full_logits(make, normalizer):
-    trainer = make(per_device_train_batch_size=4, normalizer=normalizer, alpha=0.7, **SGD)
+@pytest.mark.parametrize(("normalizer", "use_lora"), [("sentence", True), ("reward", True), ("sentence", False)])
+def test_aspo_gradients_are_those_of_full_logits(make, normalizer, use_lora):
+    trainer = make(per_device_train_batch_size=4, normalizer=normalizer, alpha=0.7, use_lora=use_lora, **SGD)
     start_unlike_reference(trainer)
     twin = copy.deepcopy(trainer.model)
     steps = train_one_step(trainer)
 
     batch = Collator(trainer.processing_class)([trainer.train_dataset[i] for i in range(4)])
-    with torch.no_grad(), twin.disable_adapter():
-        ref_logits = twin(**batch["model_inputs"]).logits
+    with torch.no_grad(), twin.disable_adapter() if use_lora else contextlib.nullcontext():
+        ref_logits = (twin if use_lora else trainer.ref_model)(**batch["model_inputs"]).logits
     loss = sentence_dpo_loss_from_logits(
         twin(**batch["model_inputs"]).logits,
         batch["layout"],
@@ -100,6 +101,7 @@ def test_aspo_gradients_are_those_of_full_logits(make, normalizer):
     for name, p in twin.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(steps[name], -p.grad, rtol=1e-3, atol=1e-5)
+    assert use_lora or steps["lm_head.weight"].abs().max() > 1e-3
 
 
 def test_logits_are_never_built_but_to_check_the_head(make):
