@@ -1,4 +1,4 @@
-"""Rebuild the world's models: `python -m aspo.world.build --out FOLDER`.
+"""Rebuild the world's models: `python -m aspo.world.build --out FOLDER`. A folder's finished stages are kept.
 
 CLIP first, on scenes whose colours are uniform; then the vision-language model on CLIP's frozen vision tower, with
 scenes in which the prior holds 85 % of the time; then the gates (aspo.world.gates), by which the world was chosen.
@@ -25,7 +25,7 @@ from aspo.world.scenes import Scene, sample_scene, scenes
 from aspo.world.tokenizer import clip_tokenizer, train_tokenizer
 from aspo.world.vlm import BaseTraining, build_processor, train_vlm
 
-CLIP_STEPS = 1500
+CLIP_STEPS = 1200
 
 
 def uniform_scenes(rng: random.Random, n: int, counts: tuple[int, int]) -> list[Scene]:
@@ -110,31 +110,33 @@ def save_vlm(model: LlavaForConditionalGeneration, processor: LlavaProcessor, fo
     processor.save_pretrained(folder)
 
 
-def build(
-    out: Path, clip_steps: int = CLIP_STEPS, training: BaseTraining | None = None, gate_scenes: int = 500
-) -> dict[str, float]:
-    """Train both models into `out` and measure the gates on the models as stored. Returns the figures."""
+def build(out: Path, scene_count: int = 500) -> dict[str, float]:
+    """Train what `out` does not hold yet, measure the gates on the models as stored, write `gates.json`."""
     tokenizer = train_tokenizer()
     text_tokenizer = clip_tokenizer(tokenizer)
-    if not (out / "clip" / "open_clip_model.safetensors").is_file():
-        model = train_clip(text_tokenizer, clip_steps)
-        save_open_clip(model, clip_config(len(text_tokenizer)), text_tokenizer, out / "clip")
-    clip, _, clip_tokens = load_open_clip(out / "clip")
     processor = build_processor(tokenizer)
-    save_vlm(train_vlm(to_transformers(clip), processor, training or BaseTraining()), processor, out / "vlm")
+    if not (out / "clip").is_dir():
+        config = clip_config(len(text_tokenizer))
+        save_open_clip(train_clip(text_tokenizer, CLIP_STEPS), config, text_tokenizer, out / "clip")
+    clip, _, clip_tokens = load_open_clip(out / "clip")
+    if not (out / "vlm").is_dir():
+        save_vlm(train_vlm(to_transformers(clip), processor, BaseTraining()), processor, out / "vlm")
     vlm = LlavaForConditionalGeneration.from_pretrained(out / "vlm").eval()
-    figures = measure(vlm, processor, clip, clip_tokens, list(islice(scenes("validation"), gate_scenes)))
-    recipe = {"temperature": TEMPERATURE, "noise_step": NOISE_STEP, "scenes": gate_scenes, "split": "validation"}
-    rounded = {name: round(value, 4) for name, value in figures.items()}
-    text = json.dumps({"recipe": recipe, "limits": LIMITS, "figures": rounded}, indent=2)
-    (out / "gates.json").write_text(text + "\n")
+    figures = measure(vlm, processor, clip, clip_tokens, list(islice(scenes("validation"), scene_count)))
+    gates = {
+        "recipe": {"temperature": TEMPERATURE, "noise_step": NOISE_STEP, "split": "validation", "scenes": scene_count},
+        "limits": LIMITS,
+        "figures": {name: round(value, 4) for name, value in figures.items()},
+    }
+    (out / "gates.json").write_text(json.dumps(gates, indent=2) + "\n")
     return figures
 
 
 def main() -> int:
+    """Build and print the figures; exit status 1 where a gate is missed."""
     parser = argparse.ArgumentParser(prog="python -m aspo.world.build", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "assets", help="folder for the models")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the models and gates.json")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     figures = build(args.out)

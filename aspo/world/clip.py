@@ -23,7 +23,7 @@ PAD, BOS, IMAGE, EOS = "<pad>", "<s>", "<image>", "</s>"
 SPECIAL_TOKENS = (PAD, BOS, IMAGE, EOS)
 """Ids 0 to 3. (</s> is not 2: transformers reads a CLIP eos_token_id of 2 as "pool at the highest id".)"""
 
-MEAN, STD = (0.85, 0.85, 0.85), (0.3, 0.3, 0.3)
+MEAN, STD = (0.85, 0.85, 0.85), (0.2, 0.2, 0.2)
 """Normalisation of both image processors."""
 
 

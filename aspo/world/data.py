@@ -11,7 +11,7 @@ from aspo.world.scenes import USUAL, Scene, render, scenes
 DEFAULT_ROWS = {"train": 1500, "validation": 500, "test": 1000, "calibration": 500}
 """Rows of each split where `rows` is not told how many."""
 
-HABIT = (0.05, 0.25, 0.4, 0.6, 0.8, 0.9)
+HABIT = (0.04, 0.2, 0.35, 0.5, 0.75, 0.9)
 """Chance that the k-th sentence of a base-training description is written from habit: the usual colour, unseen.
 
 It grows towards the end, as hallucinations do in the answers of real vision-language models. From such texts the base

@@ -33,11 +33,14 @@ LIMITS: dict[str, tuple[float, float]] = {
 """Each gated figure's least and greatest value."""
 
 
-def diffusion_noise(pixel_values: Tensor, step: int, seed: int) -> Tensor:
-    """x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps on normalised tensors (SeVa's schedule of 1000 steps)."""
+def diffusion_noise(pixel_values: Tensor, step: int | Tensor, generator: torch.Generator) -> Tensor:
+    """x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps on normalised tensors (B, 3, H, W), SeVa's schedule of 1000 steps.
+
+    `step`: one for all, or (B,) one for each image.
+    """
     betas = torch.sigmoid(torch.linspace(-6, 6, 1000)) * (5e-3 - 1e-5) + 1e-5
-    abar = torch.cumprod(1 - betas, dim=0)[step]
-    noise = torch.randn(pixel_values.shape, generator=torch.Generator().manual_seed(seed))
+    abar = torch.cumprod(1 - betas, dim=0)[step].reshape(-1, 1, 1, 1)
+    noise = torch.randn(pixel_values.shape, generator=generator)
     return abar.sqrt() * pixel_values + (1 - abar).sqrt() * noise
 
 
@@ -243,7 +246,7 @@ def measure(
     """Every figure of the gates and some beside them, on these scenes. `clip`, `tokenizer`: open_clip's form."""
     images = pixels(batch)
     chosen = answers(model, processor, images, temperature, SEEDS["chosen"])
-    noised = diffusion_noise(images, noise_step, SEEDS["noise"])
+    noised = diffusion_noise(images, noise_step, torch.Generator().manual_seed(SEEDS["noise"]))
     rejected = answers(model, processor, noised, temperature, SEEDS["rejected"])
     chosen_claims, rejected_claims, greedy_claims = (
         [judge(text, scene) for text, scene in zip(texts, batch, strict=True)]

@@ -6,8 +6,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from aspo.world.clip import BOS, EOS, IMAGE, PAD, SPECIAL_TOKENS
-from aspo.world.data import base_training
-from aspo.world.language import true_sentences
+from aspo.world.language import DESCRIBE, questions, true_sentences
+from aspo.world.scenes import scenes
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'].upper() + ':\\n' }}"
@@ -28,16 +28,12 @@ the answer keeps the answer's tokens the same whether it is encoded alone or aft
 """
 
 
-def train_tokenizer(scenes: int = 3000) -> PreTrainedTokenizerFast:
-    """Train on the first base scenes' prompts, answers and true sentences (the same every time)."""
-    texts = ["SYSTEM:\nUSER:\nNo.\nASSISTANT:\nYes."]
-    for scene, prompt, answer in islice(base_training(), scenes):
-        texts += [
-            f"{prompt}\n{answer}",
-            *true_sentences(scene),
-            " It is large.",
-            " There " + " ".join(true_sentences(scene)),
-        ]
+def train_tokenizer(examples: int = 3000) -> PreTrainedTokenizerFast:
+    """Train on what can be said of the first base scenes (the same every time)."""
+    texts = ["SYSTEM:\nUSER:\nNo.\nASSISTANT:\nYes.", f"{DESCRIBE}\n", " It is large."]
+    for scene in islice(scenes("base"), examples):
+        sentences = true_sentences(scene)
+        texts += [*sentences, " " + " ".join(sentences), *(question for question, _ in questions(scene))]
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()

@@ -29,8 +29,8 @@ from aspo.world.tokenizer import CHAT_TEMPLATE
 class BaseTraining:
     """How the base model is trained: `scenes` distinct scenes, gone through again and again until `steps` are done."""
 
-    scenes: int = 16000
-    steps: int = 800
+    scenes: int = 12000
+    steps: int = 600
     batch_size: int = 64
     lr: float = 2e-3
     question_share: float = 0.25
