@@ -419,13 +419,6 @@ def test_memory_budget_decides_what_is_kept():
         assert ((n, 50) in saved_shapes(logps)) == stored
 
 
-def test_no_grad_keeps_nothing():
-    problem = Problem(10, 50, 8, torch.float32, bias=False)
-    with torch.no_grad():
-        logps = linear_logps(problem.hidden.requires_grad_(), problem.head.requires_grad_(), problem.targets)
-    assert not logps.requires_grad
-
-
 class Largest(TorchDispatchMode):
     """Records the size of the largest tensor made (views of older storage do not count)."""
 
@@ -464,6 +457,16 @@ def test_logits_exist_only_in_the_stored_schedule(schedule, dtype, small_tiles):
         assert largest.numel == v * h  # the gradient of the head itself
     else:
         assert largest.numel == max(tile, slice_of_head, n * h if schedule == "frozen" else 0)
+
+
+def test_no_grad_does_no_work_for_gradients(small_tiles):
+    """Parameters require gradients in an evaluation too: under no_grad the forward is the plain one all the same."""
+    problem = Problem(50, 1000, 12, torch.float32, bias=False)
+    hidden, head = problem.hidden.requires_grad_(), problem.head.requires_grad_()
+    with torch.no_grad(), Largest(hidden, head) as largest:
+        logps = linear_logps(hidden, head, problem.targets, memory_budget=1 << 40)
+    assert not logps.requires_grad
+    assert largest.numel == 16 * 64
 
 
 def test_autocast_casts_the_operands_once():

@@ -238,6 +238,8 @@ def test_weighted_sum():
     assert torch.equal(result.stats["sft_losses"], sft.losses.detach())
     assert torch.equal(result.stats["nll"], sft.losses.detach())
     assert torch.equal(result.stats["margins"], dpo.stats["margins"])  # the first member's
+    mixed = objectives.weighted_sum({"simpo": 1.0, "dpo": 1.0})(x).stats  # both report rewards, of different kinds
+    assert torch.equal(mixed["chosen_rewards"], objectives.get("simpo")(x).stats["chosen_rewards"])
     assert both.options == {"beta": 0.1, "label_smoothing": 0.0}
     assert both.needs_reference
     assert both.name == "1 dpo + 0.1 sft + 2 ipo"
