@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,8 @@ class AspoConfig(TrainingArguments):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self.loss_type = [TRL_NAMES.get(name, name) for name in self.loss_type]
+        if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:  # before torch waits for them to meet
+            raise ValueError(f"training on {processes} processes is not supported yet: start one, without a launcher")
         super().__post_init__()
         self.dataloader_pin_memory &= torch.accelerator.is_available() and not self.use_cpu  # else torch warns
         self._refuse_unsupported()
@@ -169,11 +172,9 @@ class AspoConfig(TrainingArguments):
             value = getattr(self, name, None)
             if value:
                 raise ValueError(f"{name}={value!r} is not supported: {why}")
-        if self.world_size > 1 or self.n_gpu > 1:
-            what = f"{self.world_size} processes" if self.world_size > 1 else f"{self.n_gpu} devices in one process"
+        if self.n_gpu > 1:
             raise ValueError(
-                f"training on {what} is not supported yet: start one process, with CUDA_VISIBLE_DEVICES naming one "
-                "device"
+                f"training on {self.n_gpu} devices is not supported yet: set CUDA_VISIBLE_DEVICES to name one device"
             )
         parse_dtype(self.dtype)
         if self.max_length is not None and self.max_length < 1:

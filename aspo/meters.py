@@ -110,3 +110,10 @@ class Progress(ProgressCallback):
     ) -> None:
         if self.training_bar is not None and logs and ("loss" in logs or "eval_loss" in logs):
             self.training_bar.write(log_line(state.global_step, logs))
+
+    def close(self) -> None:
+        """Take the bars away where training ended with an error, so that its message comes last."""
+        for bar in (self.training_bar, self.prediction_bar):
+            if bar is not None:
+                bar.leave = False
+                bar.close()

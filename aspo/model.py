@@ -71,6 +71,8 @@ def load_model(
         return _load_adapter(path, dtype, device=device, attn_implementation=attn_implementation, base=base)
     if base is not None:
         raise ValueError(f"base={base!r} was given, but {path} is no adapter: it has no {ADAPTER_CONFIG}")
+    if not Path(path).exists() and (Path(path).is_absolute() or path.startswith(("./", "../")) or path.count("/") > 1):
+        raise ValueError(f"there is no model folder {path}")  # a hub name has one slash at most
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"{path} holds no model: neither config.json nor {ADAPTER_CONFIG} is in it")
     config = AutoConfig.from_pretrained(path)

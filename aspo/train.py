@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import difflib
@@ -197,12 +198,13 @@ def train(config: AspoConfig) -> None:
         file=sys.stderr,
     )
     trainer.remove_callback(ProgressCallback)
+    progress = Progress()
     if not config.disable_tqdm:
-        trainer.add_callback(Progress())
+        trainer.add_callback(progress)
     record["started"] = before["started"] if before and checkpoint else record["started"]
     write_json(path, record)
     if checkpoint is None or not trainer.restore_finished(checkpoint):
-        with Interrupt() as interrupt:
+        with contextlib.closing(progress), Interrupt() as interrupt:
             trainer.add_callback(interrupt)
             trainer.train(resume_from_checkpoint=checkpoint)
         if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
@@ -253,8 +255,9 @@ def _checkpoint(config: AspoConfig, before: Mapping[str, Any] | None, record: Ma
         if not is_complete(chosen):
             raise ValueError(f"resume_from_checkpoint: {chosen} is no complete checkpoint")
         return str(chosen)
-    if before is None:
-        if last_checkpoint(folder):
+    found = last_checkpoint(folder)
+    if before is None or not (found or before["finished"]):  # nothing to go on from, nothing to lose
+        if found:
             raise ValueError(f"{folder} holds checkpoints of something else (no run.json); choose another --output_dir")
         return None
     keys = ("model", "dtype", "objective", "pairs_sha256")
@@ -267,8 +270,7 @@ def _checkpoint(config: AspoConfig, before: Mapping[str, Any] | None, record: Ma
         )
     if before["finished"]:
         return FINISHED
-    found = last_checkpoint(folder)
-    return None if found is None else str(found)
+    return str(found)
 
 
 def _now() -> str:

@@ -204,6 +204,8 @@ def test_loading(folder, tmp_path):
         load_model(folder, "int4")
     with pytest.raises(ValueError, match="holds no model"):
         load_model(tmp_path)
+    with pytest.raises(ValueError, match="there is no model folder"):
+        load_model(tmp_path / "gone")
     with pytest.raises(ValueError, match="is no adapter"):
         load_model(folder, base="elsewhere")
 

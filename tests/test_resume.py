@@ -180,6 +180,13 @@ def test_a_finished_run_is_left_alone_and_another_refused(workplace, tmp_path, c
     assert "checkpoints of something else" in capsys.readouterr().err
 
 
+def test_a_run_that_failed_before_its_first_checkpoint_blocks_nothing(workplace, tmp_path, capsys):
+    run = [*map(str, flags(workplace, tmp_path / "out", "--max_steps", 1))]
+    assert cli.main([*run, "--max_length", "10"]) == 2
+    assert "max_length 10" in capsys.readouterr().err.splitlines()[-1]  # the last line, not a progress bar
+    assert cli.main(run) == 0
+
+
 @pytest.mark.parametrize("use_lora", [True, False])
 def test_a_run_killed_after_its_last_step_takes_no_further_one(workplace, tmp_path, use_lora):
     """Stopped between the last checkpoint and the final save, in the middle of an epoch."""

@@ -411,8 +411,11 @@ def test_config_fills_in_what_the_objective_takes(tmp_path):
     assert AspoConfig(output_dir=str(tmp_path), use_cpu=True, loss_type="sigmoid").loss_type == ["dpo"]
 
 
-def test_more_than_one_process_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(AspoConfig, "world_size", 2)
+def test_more_than_one_device_or_process_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(AspoConfig, "n_gpu", 4)
+    with pytest.raises(ValueError, match="4 devices is not supported yet: set CUDA_VISIBLE_DEVICES"):
+        AspoConfig(output_dir=str(tmp_path), use_cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes is not supported yet"):
         AspoConfig(output_dir=str(tmp_path), use_cpu=True)
 
