@@ -57,7 +57,7 @@ def perplexity_scores(nll: Tensor, offsets: Tensor, scale: str = "ppl") -> Tenso
 
 
 def sentence_weights(x: Inputs, alpha: float, perplexity: str, perplexity_scale: str) -> Tensor:
-    """w_i = alpha S'_i + (1 - alpha) PPL'_i for chosen sentences, 0 for all others; detached.  (S,)."""
+    """w_i = alpha S'_i + (1 - alpha) PPL'_i, detached.  (S,), read at the chosen responses' sentences only."""
     layout = x.layout
     logps = x.logps.detach()
     if perplexity == "reference":
@@ -69,9 +69,7 @@ def sentence_weights(x: Inputs, alpha: float, perplexity: str, perplexity_scale:
         similarity = torch.zeros_like(weights)
         similarity[layout.chosen_sentences] = x.similarity.detach().to(weights.dtype)
         weights = alpha * segment_minmax(similarity, layout.response_offsets, MIN_RANGE) + (1 - alpha) * weights
-    only_chosen = torch.zeros_like(weights)
-    only_chosen[layout.chosen_sentences] = weights[layout.chosen_sentences]
-    return only_chosen
+    return weights
 
 
 def length_ratio(x: Inputs, weights: Tensor, normalizer: str) -> tuple[Tensor, Tensor | None]:
