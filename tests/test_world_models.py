@@ -5,7 +5,6 @@ from itertools import islice
 
 import pytest
 import torch
-from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from aspo.world import assets_dir, load_clip, load_clip_hf, load_vlm
 from aspo.world.clip import cosines
@@ -70,6 +69,8 @@ def test_processors_agree_with_pixels(vlm, clip):
 
 
 def test_plain_transformers_loads_and_answers(vlm):
+    from transformers import AutoProcessor, LlavaForConditionalGeneration  # after aspo: see aspo/torchvision_cpu.py
+
     folder = assets_dir() / "vlm"
     model = LlavaForConditionalGeneration.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
