@@ -1,5 +1,5 @@
 """aspo: a slim trainer for sentence-level preference optimisation of vision-language models."""
 
-from aspo.torchvision_cpu import import_torchvision
+from aspo import torchvision_cpu
 
-import_torchvision()  # before anything imports transformers or open_clip: see aspo/torchvision_cpu.py
+torchvision_cpu.install()  # before anything imports transformers or open_clip

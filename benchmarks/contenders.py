@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import aspo_kernels
-from aspo.torchvision_cpu import import_torchvision
+from aspo import torchvision_cpu
 
 PerToken = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -53,7 +53,7 @@ def ours_recompute(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 
 def _trl() -> Contender:
-    import_torchvision()  # before transformers is imported
+    torchvision_cpu.install()  # before transformers is imported
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
@@ -77,7 +77,7 @@ def _torch_linear_cross_entropy() -> Contender:
 
 
 def _liger() -> Contender:
-    import_torchvision()
+    torchvision_cpu.install()
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     function = LigerFusedLinearDPOLoss(compiled=False, use_ref_model=False)

@@ -6,6 +6,8 @@ import hypothesis
 import pytest
 import torch
 
+import aspo  # noqa: F401  its torchvision hook, before a test imports transformers
+
 # Small tensors gain nothing from threads, and one thread adds in the same order on every machine.
 torch.set_num_threads(1)
 

@@ -43,3 +43,19 @@ def test_constraints_pin_every_direct_requirement() -> None:
 def test_public_names_exist() -> None:
     missing = [name for name in aspo_kernels.__all__ if not hasattr(aspo_kernels, name)]
     assert not missing
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, aspo.cli; print('torch' in sys.modules, 'torchvision' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_torchvision_and_what_needs_it_import_after_aspo() -> None:
+    code = (
+        "import aspo, torch, torchvision, open_clip; from transformers import LlavaForConditionalGeneration; "
+        "print(torch.ops.torchvision.nms)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "nms" in done.stdout
