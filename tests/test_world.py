@@ -47,6 +47,11 @@ def scene_of(*things: tuple[str, str, str, str]) -> Scene:
 TWO = scene_of(("circle", "red", "large", "top left"), ("star", "blue", "small", "centre"))
 
 
+def is_there(question: str, scene: Scene) -> bool:
+    """Whether the coloured shape that "Is there a red circle?" asks for is in the scene."""
+    return " ".join(question.rstrip("?").split()[3:]) in {f"{thing.colour} {thing.shape}" for thing in scene.things}
+
+
 def verdicts(text: str, scene: Scene = TWO) -> list[str]:
     return [claim.verdict for claim in judge(text, scene)]
 
@@ -130,12 +135,10 @@ def test_questions_are_balanced_and_true(scene, kind):
     asked = questions(scene, kind)
     assert asked == questions(scene, kind)
     assert [answer for _, answer in asked].count("yes") == len(asked) / 2 > 0
-    present = {f"{thing.colour} {thing.shape}" for thing in scene.things}
     for question, answer in asked:
-        named = " ".join(question.rstrip("?").split()[3:])
-        assert (named in present) == (answer == "yes")
+        assert is_there(question, scene) == (answer == "yes")
         if answer == "no" and kind != "random":
-            colour, shape = named.split()
+            colour, shape = question.rstrip("?").split()[3:]
             assert USUAL[shape] == colour
 
 
@@ -197,12 +200,13 @@ def test_rows():
 
 def test_base_training_answers_are_true_but_for_habit():
     wrong = []
-    for scene, prompt, answer in islice(base_training(), 1500):
-        if prompt.startswith("Is there"):
-            there = " ".join(prompt.rstrip("?").split()[3:]) in {f"{t.colour} {t.shape}" for t in scene.things}
-            assert answer == ("Yes." if there else "No.")
+    for scene, turns in islice(base_training(), 1500):
+        if len(turns) > 1:
+            assert [(question, answer.lower().rstrip(".")) for question, answer in turns] == [
+                (question, "yes" if is_there(question, scene) else "no") for question, _ in turns
+            ]
         else:
-            claims = judge(answer, scene)
+            claims = judge(turns[0][1], scene)
             assert [claim.subject for claim in claims] == [thing.shape for thing in scene.things]
             assert all(claim.verdict == "true" or claim.states_prior for claim in claims)
             wrong += [claim.verdict == "false" for claim in claims]

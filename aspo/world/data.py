@@ -50,18 +50,22 @@ def describe_from_habit(scene: Scene, rng: random.Random, habit: Sequence[float]
     return " ".join(sentence("colour", t.shape, colour) for t, colour in zip(scene.things, colours, strict=True))
 
 
-def base_training(
-    seed: int = 0, question_share: float = 0.25, habit: Sequence[float] = HABIT
-) -> Iterator[tuple[Scene, str, str]]:
-    """An endless stream of (scene, prompt, answer) for the base model.
+Turn = tuple[str, str]
+"""A prompt and its answer."""
 
-    The answer is a description by a describer of some `habit`, or in `question_share` of the cases the true answer to a
-    yes/no question. The scenes' colours follow the prior (85 % usual), so about 94 % of the sentences are true.
+
+def base_training(
+    seed: int = 0, question_share: float = 0.3, habit: Sequence[float] = HABIT
+) -> Iterator[tuple[Scene, list[Turn]]]:
+    """An endless stream of scenes and conversations about them, for the base model.
+
+    A conversation is one description by a describer of some `habit`, or in `question_share` of the cases the true
+    answers to the yes/no questions of one kind. The scenes' colours follow the prior (85 % usual).
     """
     rng = random.Random(f"base-training:{seed}")
     for scene in scenes("base", seed):
         if rng.random() < question_share:
-            question, answer = rng.choice(questions(scene, rng.choice(QUESTION_KINDS), seed=rng.getrandbits(16)))
-            yield scene, question, answer.capitalize() + "."
+            asked = questions(scene, rng.choice(QUESTION_KINDS), seed=rng.getrandbits(16))
+            yield scene, [(question, answer.capitalize() + ".") for question, answer in asked]
         else:
-            yield scene, DESCRIBE, describe_from_habit(scene, rng, habit)
+            yield scene, [(DESCRIBE, describe_from_habit(scene, rng, habit))]

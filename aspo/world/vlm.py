@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from aspo.world.clip import BOS, EOS, IMAGE, PAD, SPECIAL_TOKENS, image_processor
-from aspo.world.data import base_training
+from aspo.world.data import Turn, base_training
 from aspo.world.gates import prompt_ids, tower_features
 from aspo.world.pixels import pixels
 from aspo.world.scenes import CELL, IMAGE_TOKENS
@@ -29,11 +29,10 @@ from aspo.world.tokenizer import CHAT_TEMPLATE
 class BaseTraining:
     """How the base model is trained: `scenes` distinct scenes, gone through again and again until `steps` are done."""
 
-    scenes: int = 12000
-    steps: int = 600
+    scenes: int = 14000
+    steps: int = 900
     batch_size: int = 64
     lr: float = 2e-3
-    question_share: float = 0.25
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
@@ -80,32 +79,49 @@ def build_vlm(clip: CLIPModel, vocab_size: int) -> LlavaForConditionalGeneration
     return model
 
 
+def encode(processor: LlavaProcessor, turns: list[Turn]) -> tuple[list[int], list[int]]:
+    """(ids, labels) of a conversation about one image; labels are -100 but on the answers' tokens and their </s>."""
+    tokenizer = processor.tokenizer
+    ids: list[int] = []
+    labels: list[int] = []
+    for i, (prompt, answer) in enumerate(turns):
+        before = prompt_ids(processor, prompt) if i == 0 else tokenizer(f"USER:\n{prompt}\nASSISTANT:\n").input_ids
+        said = tokenizer(answer + tokenizer.eos_token).input_ids
+        ids += before + said
+        labels += [-100] * len(before) + said
+    return ids, labels
+
+
 def _batches(
     processor: LlavaProcessor, model: LlavaForConditionalGeneration, training: BaseTraining
 ) -> Iterator[tuple]:
-    """(features, ids, labels) for ever; the rows padded on the right, labels -100 but on the answer's tokens."""
-    eos = processor.tokenizer.eos_token
-    examples = list(islice(base_training(question_share=training.question_share), training.scenes))
+    """(features, ids, labels) for ever, padded on the right: two batches of descriptions, then one of questions, which
+    are longer and so half as many."""
+    examples = list(islice(base_training(), training.scenes))
     chunks = [examples[i : i + 512] for i in range(0, len(examples), 512)]
-    features = torch.cat([tower_features(model, pixels([scene for scene, _, _ in chunk])) for chunk in chunks])
-    rows = [
-        (prompt_ids(processor, prompt), processor.tokenizer(answer + eos).input_ids) for _, prompt, answer in examples
-    ]
+    features = torch.cat([tower_features(model, pixels([scene for scene, _ in chunk])) for chunk in chunks])
+    rows = [encode(processor, turns) for _, turns in examples]
     generator = torch.Generator().manual_seed(0)
-    while True:
-        for index in torch.randperm(len(rows), generator=generator).split(training.batch_size):
-            batch = [rows[i] for i in index]
-            longest = max(len(prompt) + len(answer) for prompt, answer in batch)
-            ids = torch.zeros(len(batch), longest, dtype=torch.long)
-            labels = torch.full_like(ids, -100)
-            for r, (prompt, answer) in enumerate(batch):
-                ids[r, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-                labels[r, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
-            yield features[index], ids, labels
+
+    def endless(asks: bool, size: int) -> Iterator[Tensor]:
+        index = torch.tensor([i for i, (_, turns) in enumerate(examples) if (len(turns) > 1) == asks])
+        while True:
+            yield from index[torch.randperm(len(index), generator=generator)].split(size)
+
+    describing, asking = endless(False, training.batch_size), endless(True, training.batch_size // 2)
+    for step in count():
+        index = next(asking if step % 3 == 2 else describing)
+        longest = max(len(rows[i][0]) for i in index)
+        ids = torch.zeros(len(index), longest, dtype=torch.long)
+        labels = torch.full_like(ids, -100)
+        for r, i in enumerate(index):
+            ids[r, : len(rows[i][0])] = torch.tensor(rows[i][0])
+            labels[r, : len(rows[i][1])] = torch.tensor(rows[i][1])
+        yield features[index], ids, labels
 
 
 def base_loss(model: LlavaForConditionalGeneration, features: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of the answers' tokens, from the tower's features rather than the images."""
+    """Mean cross-entropy of the answers' tokens, from the tower's features (B, 9, W) rather than the images."""
     embeds = model.get_input_embeddings()(ids)
     projected = model.model.multi_modal_projector(features)
     embeds = embeds.masked_scatter((ids == model.config.image_token_index)[..., None], projected)
@@ -139,6 +155,6 @@ def train_vlm(
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 100 == 0 or step == training.steps - 1:
+        if step % 100 in (0, 2) or step == training.steps - 1:
             log(f"vlm step {step} loss {loss.item():.3f} {time.time() - start:.0f} s")
     return model.eval()
