@@ -7,6 +7,7 @@ number in the whole evaluation (sampling is seeded by it).
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ class Options:
 
     max_new_tokens: int = 256
     temperature: float = 0.0
-    seed: int = 0  # of sampled answers and of the world's questions
+    seed: int = 0  # of sampled answers, of the world's questions and of which minimal pairs are taken
     batch_size: int = 16
     questions: int | None = None  # yes/no questions per scene and split, half of them "yes"; None = all
     minimal_pairs: int | None = None  # per scene; None = one for every object
@@ -81,7 +82,7 @@ def judge_scenes(model: Any, processor: Any, rows: list[Row], options: Options, 
     asked = [_scene_questions(scene, options) for scene in scenes]
     flat = [{**row, "prompt": question} for row, qs in zip(rows, asked, strict=True) for _, question, _ in qs]
     said = iter(_generate(model, processor, flat, options, start, ANSWER_TOKENS))
-    pairs = [minimal_pairs(scene)[: options.minimal_pairs] for scene in scenes]
+    pairs = [_scene_pairs(scene, options) for scene in scenes]
     margins = iter(_margins(model, processor, rows, pairs, options.batch_size))
     items = []
     for scene, answer, qs, scene_pairs in zip(scenes, answers, asked, pairs, strict=True):
@@ -140,6 +141,14 @@ def _scene_questions(scene: Scene, options: Options) -> list[tuple[str, str, str
             half = len(same) if options.questions is None else options.questions // 2
             chosen += [(split, question, truth) for question in same[:half]]
     return chosen
+
+
+def _scene_pairs(scene: Scene, options: Options) -> list[tuple[str, str]]:
+    """(true sentence, false sentence); fewer than all are drawn, for the first objects are the easy ones."""
+    pairs = minimal_pairs(scene)
+    if options.minimal_pairs is None or options.minimal_pairs >= len(pairs):
+        return pairs
+    return random.Random(f"{scene.content_hash}:{options.seed}").sample(pairs, options.minimal_pairs)
 
 
 def _margins(

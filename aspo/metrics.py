@@ -18,9 +18,9 @@ Sums = Mapping[str, np.ndarray]  # count name -> () or (resamples,) float64
 
 YES_NO_SPLITS = ("random", "popular", "adversarial")
 STRATA = {
-    "consistent": "as the prior expects",
-    "violating": "against the prior",
-    "held_out": "never seen in training (also against)",
+    "consistent": "usual colour",
+    "violating": "unusual colour",
+    "held_out": "held-out pair",
 }
 
 
@@ -88,15 +88,15 @@ GROUPS: dict[str, tuple[Figure, ...]] = {
             "claim_f1", "claim F1", ("true_facts", "distinct_claims", "covered_facts", "stateable"), _claim_f1, "higher"
         ),
     ),
-    "False claims by kind of object": tuple(
-        _ratio(f"false_claims_{name}", label, f"false_{name}", f"claims_{name}", "lower")
+    "False claims by the true colour": tuple(
+        _ratio(f"false_claims_{name}", f"false claims, {label}", f"false_{name}", f"claims_{name}", "lower")
         for name, label in STRATA.items()
     ),
     "Minimal pairs, teacher-forced": (
         _ratio("minimal_pair_accuracy", "minimal-pair accuracy", "pairs_right", "pairs", "higher"),
         _ratio(
             "minimal_pair_accuracy_prior",
-            "the same, false one states the prior",
+            "minimal pairs against the prior",
             "prior_pairs_right",
             "prior_pairs",
             "higher",

@@ -117,7 +117,8 @@ def test_questions_are_balanced_and_limited(fake):
         (s, a) for s in ("random", "popular", "adversarial") for a in ("yes", "no")
     ]
     assert all((q["question"], q["answer"]) in questions(SCENE, q["split"]) for q in asked)
-    assert [(p["true"], p["false"]) for p in item["minimal_pairs"]] == minimal_pairs(SCENE)[:1]
+    (pair,) = item["minimal_pairs"]
+    assert (pair["true"], pair["false"]) in minimal_pairs(SCENE)
 
 
 def test_nothing_is_asked_where_none_is_wanted(fake):
