@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 ROWS_FILE = "rows.jsonl"
+PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 Row = Mapping[str, Any]
 
 
@@ -53,9 +54,15 @@ def append_line(path: Path, line: str) -> None:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """JSON objects of a file of lines, for a command that resumes: an unfinished last line is left out."""
-    if path.exists():
-        with path.open("rb") as file:
-            yield from (json.loads(line) for line in file if line.endswith(b"\n") and line.strip())
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith(b"\n") and line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number} is no JSON ({error}): delete that line") from error
 
 
 def load_images(row: Row, root: str | Path | None = None) -> list[Image.Image]:
@@ -67,7 +74,7 @@ def image_bytes(entry: Any, root: str | Path | None = None) -> bytes:
     """The encoded bytes of an image entry: a file's content as it is, a PIL image as PNG."""
     if isinstance(entry, Image.Image):
         buffer = io.BytesIO()
-        entry.save(buffer, format="PNG")
+        (entry if entry.mode in PNG_MODES else entry.convert("RGB")).save(buffer, format="PNG")
         return buffer.getvalue()
     if isinstance(entry, Mapping) and entry.get("bytes") is not None:
         return entry["bytes"]
@@ -102,10 +109,11 @@ def _store_image(folder: Path, entry: Any) -> str:
 
 
 def image_entries(row: Row) -> list[Any]:
-    """The entries of `images`, or the one of `image`."""
-    if row.get("images") is not None:
-        return list(row["images"])
-    return [row["image"]] if row.get("image") is not None else []
+    """The entries of `images` or `image`, either of which may be one entry or a list."""
+    found = row["images"] if row.get("images") is not None else row.get("image")
+    if found is None:
+        return []
+    return [found] if isinstance(found, str | Path | Mapping | Image.Image) else list(found)
 
 
 def image_path(entry: Any, root: str | Path | None) -> Path:
@@ -125,4 +133,5 @@ def _open_image(entry: Any, root: str | Path | None) -> Image.Image:
         return Image.open(io.BytesIO(image_bytes(entry, root))).convert("RGB")
     except OSError as error:
         name = entry.get("path") if isinstance(entry, Mapping) else entry
-        raise ValueError(f"image {name or 'in the row'} cannot be read: {error}") from error
+        why = "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"image {name or 'in the row'} cannot be read: {why}") from error

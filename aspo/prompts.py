@@ -146,7 +146,7 @@ def _parts(content: Any) -> list[dict[str, str]]:
         if kind == "image":
             parts.append({"type": "image"})
         elif kind == "text":
-            parts += _parts(part["text"])
+            parts += _parts(part.get("text") or "")
         else:
             raise ValueError(f"a message part of type {kind!r}: only 'text' and 'image' are supported")
     return parts

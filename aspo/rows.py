@@ -124,9 +124,11 @@ def _to_dataset(rows: datasets.Dataset | list[Any], kind: str, root: Path) -> da
     images = datasets.List(datasets.Image(decode=False))
     if isinstance(rows, datasets.Dataset):
         for name in {"image", "images"}.intersection(rows.column_names):
-            rows = rows.cast_column(name, datasets.Image(decode=False) if name == "image" else images)
+            several = isinstance(rows.features[name], datasets.List)
+            rows = rows.cast_column(name, images if several else datasets.Image(decode=False))
         as_messages = "prompt" in rows.column_names and not isinstance(rows.features["prompt"], datasets.Value)
         first = _normalise(rows[0], 0, kind, root, as_messages)
+        as_messages = as_messages or isinstance(first.get("prompt"), list)  # TRL's implicit prompts
         features = datasets.Features({**rows.features, "images": images})
         features.update({c: datasets.Value("string") for c in ("id", "prompt", "chosen", "rejected") if c in first})
         if as_messages:
@@ -196,9 +198,10 @@ def _first_question(conversation: Any) -> str:
     if not isinstance(conversation, list) or not conversation:
         raise ValueError("it must be a list of {'from', 'value'} turns")
     first = conversation[0]
-    if first.get("from") not in ("human", "user") or not isinstance(first.get("value"), str):
+    turn = first if isinstance(first, Mapping) else {}
+    if turn.get("from") not in ("human", "user") or not isinstance(turn.get("value"), str):
         raise ValueError(f"the first turn must be {{'from': 'human', 'value': text}}, got {short_repr(first)}")
-    return first["value"]
+    return turn["value"]
 
 
 def _implicit_prompt(chosen: list[Any], rejected: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:

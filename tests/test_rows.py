@@ -118,8 +118,17 @@ def test_implicit_prompt_as_in_trl():
         "chosen": [user, {"role": "assistant", "content": "A."}],
         "rejected": [user, {"role": "assistant", "content": "B."}],
     }
-    loaded = load_rows([row])[0]
-    assert (loaded["prompt"], loaded["chosen"], loaded["rejected"]) == ([user], "A.", "B.")
+    for source in ([row], datasets.Dataset.from_list([row])):
+        loaded = load_rows(source)[0]
+        assert (loaded["prompt"], loaded["chosen"], loaded["rejected"]) == ([user], "A.", "B.")
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+@pytest.mark.parametrize("value", ["a.png", ["a.png"]])
+@pytest.mark.parametrize("make", [list, datasets.Dataset.from_list])
+def test_one_image_or_a_list_under_either_name(column, value, make):
+    (entry,) = load_rows(make([{"prompt": "Hi?", column: value}]), kind="prompt", image_root="/there")[0]["images"]
+    assert entry["path"] == "/there/a.png"
 
 
 def test_llava_rows_are_prompts(tmp_path):
@@ -141,6 +150,8 @@ def test_llava_rows_are_prompts(tmp_path):
     assert load_images(loaded[0])[0].tobytes() == tiny_image().tobytes()
     with pytest.raises(ValueError, match=r"row 0 \(id '7'\), column 'chosen'.*aspo pairs"):
         load_rows(tmp_path / "llava.json")
+    with pytest.raises(ValueError, match="row 0, column 'conversations': the first turn must be"):
+        load_rows([{"conversations": ["Hi"]}], kind="prompt")
 
 
 @pytest.mark.parametrize(
@@ -221,13 +232,16 @@ def test_dataset_dict_asks_for_a_split(tmp_path):
 
 def test_unreadable_image_is_named(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"bad\.png cannot be read"):
+    with pytest.raises(ValueError, match=r"bad\.png cannot be read: not an image that Pillow knows$"):
         load_images({"images": ["bad.png"]}, root=tmp_path)
 
 
 def test_images_become_rgb():
     grey = Image.new("L", (4, 4), 7)
     assert load_images({"image": grey})[0].getpixel((0, 0)) == (7, 7, 7)
+    for mode in ("1", "P", "LA", "RGBA", "CMYK", "F"):  # PNG knows neither of the last two
+        row = load_rows([{"prompt": "Hi?", "image": tiny_image().convert(mode)}], kind="prompt")[0]
+        assert load_images(row)[0].tobytes() == tiny_image().convert(mode).convert("RGB").tobytes()
 
 
 @pytest.mark.parametrize(
