@@ -33,9 +33,15 @@ ADAPTER_CONFIG = "adapter_config.json"
 MAX_HEAD_ERROR = 0.02  # of the largest logit: bf16 keeps 8 bits, a forgotten scale or softcap is far above
 
 
-def default_device() -> torch.device:
-    """The accelerator that torch finds, else the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+def resolve_device(device: str | torch.device | None = None) -> torch.device:
+    """The device of a name; None = the accelerator that torch finds, else the CPU."""
+    if device is None:
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch says AssertionError where it was built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {device!r} cannot be used: {reason}; try 'cpu', or leave it out") from error
 
 
 def resolve_model(name_or_path: str | Path) -> str:
@@ -75,11 +81,15 @@ def load_model(
         raise ValueError(f"there is no model folder {path}")  # a hub name has one slash at most
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"{path} holds no model: neither config.json nor {ADAPTER_CONFIG} is in it")
-    config = AutoConfig.from_pretrained(path)
+    target = resolve_device(device)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(f"the model {path!r} is no folder here, and the hub does not give it: {error}") from error
     sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     auto_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     model = auto_class.from_pretrained(path, dtype=parse_dtype(dtype), attn_implementation=attn_implementation)
-    moved: Any = model.to(default_device() if device is None else device)  # type: ignore[arg-type]
+    moved: Any = model.to(target)  # type: ignore[arg-type]
     return moved.eval(), AutoProcessor.from_pretrained(path)
 
 
@@ -268,7 +278,13 @@ def _answer_batch(
             raise ValueError("pixel_transform was given, but the batch has no pixel_values: its rows have no images")
         inputs["pixel_values"] = pixel_transform(inputs["pixel_values"])
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    tokens = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
+    # `generate` takes from the model's own config whatever ours leaves open (no_repeat_ngram_size, min_p, ...): what a
+    # checkpoint's author liked would then decide the answers, and differ between a model and its fine-tuned self.
+    own, model.generation_config = model.generation_config, config
+    try:
+        tokens = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
+    finally:
+        model.generation_config = own
     return [_finish(row, processor, config.eos_token_id) for row in tokens.tolist()]
 
 
@@ -282,7 +298,7 @@ def _finish(tokens: list[int], processor: Any, ends: list[int]) -> Answer:
 def _generation_config(
     model: PreTrainedModel, processor: Any, row: Mapping[str, Any], max_new_tokens: int, temperature: float
 ) -> GenerationConfig:
-    """Everything that the model's own generation_config could otherwise change is set."""
+    """Greedy or plain sampling; of the model's own generation_config only the ends are kept."""
     tokenizer = tokenizer_of(processor)
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = {own} if isinstance(own, int) else set(own or ())
@@ -295,9 +311,6 @@ def _generation_config(
         eos_token_id=sorted(ends),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        num_beams=1,
-        repetition_penalty=1.0,
-        use_cache=True,
         **sampling,
     )
 

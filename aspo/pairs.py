@@ -22,6 +22,7 @@ from torch import Tensor
 from aspo.data import append_row, load_rows, row_name, validate_rows
 from aspo.folder import ROWS_FILE, append_line, image_entries, read_lines
 from aspo.model import Answer, generate_answers, load_model
+from aspo.resume import write_json
 from aspo.scores import progress_bar
 
 NOISE_STEPS = 1000
@@ -218,8 +219,7 @@ def run(args: argparse.Namespace) -> int:
     ids = set(rows["id"])
     if not ids <= recorded(out).keys():
         model, processor = load_model(args.model, args.dtype, device=args.device)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        write_json(out / SETTINGS_FILE, settings)
         with progress_bar() as bar:
             task = bar.add_task("answering", total=len(rows))
             make_pairs(
@@ -249,14 +249,17 @@ def _check_ids(rows: Any) -> None:
 
 def _check_settings(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """The settings that make the pairs what they are; a run that goes on must have the same."""
-    names = ("model", "data", "noise_step", "max_new_tokens", "temperature", "seed", "batch_size", "dtype")
-    settings = {name: getattr(args, name) for name in names}
+    generation = ("noise_step", "max_new_tokens", "temperature", "seed", "batch_size", "dtype")
+    settings = {name: getattr(args, name) for name in ("model", "data", "image_root", *generation)}
     path = out / SETTINGS_FILE
     if not (out / ROWS_FILE).exists() and not (out / DONE_FILE).exists():
         return settings
     if not path.exists():
         raise ValueError(f"{out} already holds rows that `aspo pairs` did not make; use another --out")
-    before = json.loads(path.read_text())
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}; use another --out") from error
     for name, value in settings.items():
         if before.get(name) != value:
             flag = "--" + name.replace("_", "-")

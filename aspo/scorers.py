@@ -23,6 +23,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, CLIPModel
 
+from aspo.model import resolve_device
+
 TEXT_BATCH = 256  # windows in one pass of the text tower
 
 
@@ -107,8 +109,7 @@ def load_scorer(name: str, device: str | torch.device | None = None) -> Scorer:
     Raises:
         ValueError: a name that is none of these, weights that are not given, a model that is no CLIP.
     """
-    device = torch.device(device) if device is not None else torch.accelerator.current_accelerator()
-    device = device or torch.device("cpu")
+    device = resolve_device(device)
     if name == "world":
         from aspo.world import load_clip
 

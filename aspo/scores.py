@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from aspo.data import load_images, load_rows, response_text, row_name, validate_rows, write_rows
-from aspo.folder import append_line, image_bytes, image_entries, read_lines
+from aspo.folder import ROWS_FILE, append_line, image_bytes, image_entries, read_lines
 from aspo.prompts import named
 from aspo.scorers import Scorer, load_scorer
 from aspo.sentences import Splitter, check_spans, split_sentences
@@ -159,6 +159,7 @@ def run(args: argparse.Namespace) -> int:
     validate_rows(rows)
     columns = ("chosen", "rejected") if args.rejected else ("chosen",)
     out = Path(args.out)
+    _check_replaced(out, rows)
     scorer = load_scorer(args.scorer, args.device)
     scored: list[list[float]] = []
 
@@ -180,6 +181,17 @@ def run(args: argparse.Namespace) -> int:
     write_rows(out, kept())
     print(summary(scored, scorer, out))
     return 0
+
+
+def _check_replaced(out: Path, rows: Any) -> None:
+    """The rows that are in `out` already must all be among those that will replace them."""
+    ids = set(rows["id"])
+    there = (str(n if row.get("id") is None else row["id"]) for n, row in enumerate(read_lines(out / ROWS_FILE)))
+    if lost := [name for name in there if name not in ids]:
+        raise ValueError(
+            f"{out / ROWS_FILE} holds {len(lost)} rows that would be lost, e.g. {row_name({'id': lost[0]})}: use "
+            "another --out, or score them too (--data, --limit)"
+        )
 
 
 def summary(scored: Sequence[Sequence[float]], scorer: Scorer, out: Path) -> str:

@@ -8,7 +8,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_image, tiny_llava, tiny_rows
 from torch import nn
-from transformers import Cohere2Config, Cohere2ForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig
+from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GenerationConfig,
+    GraniteConfig,
+)
 from transformers.models.granite.modeling_granite import GraniteForCausalLM
 
 from aspo.data import Collator
@@ -167,6 +174,20 @@ def test_answers_say_how_they_ended_and_leave_the_mode_alone(loaded):
     assert answer == type(answer)("", 1, True)
 
 
+def test_the_models_own_generation_config_decides_nothing(loaded):
+    model, processor = loaded
+    rows, options = tiny_rows(2), {"max_new_tokens": 8}
+    expected, own = generate(model, processor, rows, **options), model.generation_config
+    first = processor.tokenizer(expected[0])["input_ids"]
+    model.generation_config = GenerationConfig(suppress_tokens=first, min_new_tokens=8, no_repeat_ngram_size=1)
+    theirs = model.generation_config
+    try:
+        assert generate(model, processor, rows, **options) == expected
+        assert model.generation_config is theirs
+    finally:
+        model.generation_config = own
+
+
 def test_pixel_transform_sees_the_images(loaded):
     model, processor = loaded
     shapes = []
@@ -206,6 +227,8 @@ def test_loading(folder, tmp_path):
         load_model(tmp_path)
     with pytest.raises(ValueError, match="there is no model folder"):
         load_model(tmp_path / "gone")
+    with pytest.raises(ValueError, match="device 'tpu9' cannot be used"):
+        load_model(folder, device="tpu9")
     with pytest.raises(ValueError, match="is no adapter"):
         load_model(folder, base="elsewhere")
 

@@ -220,8 +220,18 @@ def test_command(folders, tmp_path, capsys):
     assert command(*argv, "--rejected") == 0  # nothing new: the same file again
     assert (tmp_path / "out" / "rows.jsonl").read_bytes() == before
     in_place = (tmp_path / "in", "--out", tmp_path / "in", *argv[4:])
-    assert command("--data", *in_place, "--limit", 2) == 0
-    assert load_rows(tmp_path / "in")["id"] == ["row-0", "row-1"]
+    with pytest.raises(ValueError, match=r"3 rows that would be lost, e\.g\. row 'row-2'"):
+        command("--data", *in_place, "--limit", 2)
+    assert "chosen_similarity" not in load_rows(tmp_path / "in").column_names
+    assert command("--data", *in_place) == 0
+    assert (tmp_path / "in" / "rows.jsonl").read_text().count("chosen_similarity") == 5
+
+
+def test_a_damaged_cache_is_named(tmp_path):
+    cache = tmp_path / "scores.jsonl"
+    cache.write_text('{"key": "a", "similarity": 0.1}\n{bad\n')
+    with pytest.raises(ValueError, match=r"scores\.jsonl, line 2 is no JSON"):
+        list(score_rows(unscored(1), Counting(), cache=cache))
 
 
 def test_command_errors(tmp_path):
