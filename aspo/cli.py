@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"aspo {name}: {MISSING.format(name=error.name)}", file=sys.stderr)
         return USAGE
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # ImportError: an optional package, e.g. flash attention
         if show_traceback:
             traceback.print_exc()
         print(f"aspo {name}: {_one_line(error)}", file=sys.stderr)

@@ -16,7 +16,7 @@ import torch
 from transformers import TrainingArguments
 
 from aspo.model import parse_dtype
-from aspo_kernels import objectives
+from aspo_kernels import SentenceLayout, objectives
 
 # None in the dataclass means "not given"; __post_init__ fills in what the run uses and refuses the rest.
 LORA_DEFAULTS: dict[str, Any] = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": None}
@@ -191,10 +191,17 @@ class AspoConfig(TrainingArguments):
         given = [name for name in OBJECTIVE_OPTIONS if getattr(self, name) is not None]
         if isinstance(self.objective_kwargs, str):
             raise ValueError(f"objective_kwargs is {self.objective_kwargs!r}; write JSON, e.g. '{{\"margin\": 0.5}}'")
+        if own := sorted(set(OBJECTIVE_OPTIONS) & set(self.objective_kwargs or ())):
+            raise ValueError(f"objective_kwargs holds {own[0]}, which is an option of its own: --{own[0]}")
         objective.check_options([*given, *(self.objective_kwargs or {})])
         for name in set(OBJECTIVE_OPTIONS) & set(objective.options):
-            if getattr(self, name) is None:
-                setattr(self, name, objective.options[name])
+            members = [objectives.options(member) for member in self.loss_type]
+            defaults = {member[name] for member in members if name in member}
+            if getattr(self, name) is None and len(defaults) == 1:  # else each member keeps its own
+                setattr(self, name, defaults.pop())
+        pair = SentenceLayout.from_labels(torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 1, dtype=torch.long))
+        logps = torch.zeros(2)
+        objective(objectives.Inputs(pair, logps, logps, logps[:1]), **self.objective_options())  # refuses bad values
 
     def _settle_lora(self) -> None:
         given = [name for name in LORA_DEFAULTS if getattr(self, name) is not None]
@@ -224,7 +231,7 @@ class AspoConfig(TrainingArguments):
     def objective_options(self) -> dict[str, Any]:
         """The keyword options to call the objective with."""
         takes = self.objective().options
-        options = {name: getattr(self, name) for name in OBJECTIVE_OPTIONS if name in takes}
+        options = {n: getattr(self, n) for n in OBJECTIVE_OPTIONS if n in takes and getattr(self, n) is not None}
         assert not isinstance(self.objective_kwargs, str)  # parsed in __post_init__
         return {**options, **(self.objective_kwargs or {})}
 
@@ -239,7 +246,10 @@ class AspoConfig(TrainingArguments):
 def import_plugin(plugin: str) -> None:
     """Import a module by name or a Python file by path, once."""
     if not plugin.endswith(".py"):
-        importlib.import_module(plugin)
+        try:
+            importlib.import_module(plugin)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"plugin {plugin!r} cannot be imported ({error}); a file's name ends in .py") from error
         return
     path = Path(plugin).resolve()
     if not path.is_file():

@@ -121,7 +121,10 @@ def _tidy(action: argparse.Action, hidden: bool) -> None:
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """A YAML file's options. Raises ValueError naming a key that is no option."""
-    options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    try:
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(options, Mapping):
         raise ValueError(f"{path} must hold `option: value` lines, not a {type(options).__name__}")
     known = [option.name for option in dataclasses.fields(AspoConfig)]
@@ -180,7 +183,7 @@ def train(config: AspoConfig) -> None:
     rows = _load(config.train_data)
     eval_rows = _load(config.eval_data) if config.eval_data else None
     path = Path(str(config.output_dir)) / "run.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    before = _read_record(path)
     record = run_record(config, rows)
     checkpoint = _checkpoint(config, before, record)
     if checkpoint == FINISHED:
@@ -212,6 +215,19 @@ def train(config: AspoConfig) -> None:
     trainer.save_model()
     trainer.save_state()
     write_json(path, {**record, "finished": _now(), "steps": trainer.state.global_step})
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """An earlier run's record, or None."""
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not {"config", "finished", "started"} <= record.keys():
+        raise ValueError(f"{path} is no record of `aspo train`: choose another --output_dir")
+    return record
 
 
 def _load(source: str | None) -> Any:

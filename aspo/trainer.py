@@ -72,6 +72,7 @@ class AspoTrainer(Trainer):
             raise ValueError("the model is spread over several devices, which is not supported yet; load it on one")
         self.objective: objectives.Objective = args.objective()
         self.objective_options = args.objective_options()
+        self._needs_similarity = "aspo" in args.loss_type and self.objective_options["alpha"] > 0
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,))):
             if hasattr(dataset, "__getitem__") and len(dataset):  # a stream is checked as it comes
                 self._require_similarity(dataset[0].get("chosen_similarity"))
@@ -106,7 +107,7 @@ class AspoTrainer(Trainer):
     # ---- the loss ----
 
     def _require_similarity(self, similarity: Any) -> None:
-        if similarity is None and self.objective_options.get("alpha"):
+        if similarity is None and self._needs_similarity:
             raise ValueError(
                 f"alpha is {self.objective_options['alpha']}, but the rows have no chosen_similarity: run `aspo score` "
                 "on them, or set alpha to 0 (perplexity alone, ASPO-P)"

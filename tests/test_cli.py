@@ -64,7 +64,10 @@ def test_the_exit_status_is_the_commands(command):
     assert cli.main(["fake", "--depth", "7"]) == 7
 
 
-@pytest.mark.parametrize("error", [ValueError("row 3\nis bad"), FileNotFoundError(2, "No such file", "x.json")])
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("row 3\nis bad"), FileNotFoundError(2, "No such file", "x.json"), ImportError("no flash attention")],
+)
 def test_bad_input_is_one_line(capsys, command, error):
     def run(args):
         raise error
@@ -137,6 +140,7 @@ def test_yaml_and_flags_over_it(tmp_path):
     [
         ("betta: 0.1", "unknown option 'betta'; did you mean beta?"),
         ("beta: high", "high"),
+        ("beta: [0.1", "run.yaml is no YAML"),
         ("- beta", "must hold `option: value` lines"),
         ("alpha: 0.3\nloss_type: dpo", "takes no option alpha"),
     ],

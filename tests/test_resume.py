@@ -187,6 +187,13 @@ def test_a_run_that_failed_before_its_first_checkpoint_blocks_nothing(workplace,
     assert cli.main(run) == 0
 
 
+@pytest.mark.parametrize("text", ['{"config": ', '{"a": 1}', "[]"])
+def test_a_run_json_of_something_else_is_refused(workplace, tmp_path, capsys, text):
+    (tmp_path / "run.json").write_text(text)
+    assert cli.main([*map(str, flags(workplace, tmp_path, "--max_steps", 1))]) == 2
+    assert "run.json is no record of `aspo train`" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("use_lora", [True, False])
 def test_a_run_killed_after_its_last_step_takes_no_further_one(workplace, tmp_path, use_lora):
     """Stopped between the last checkpoint and the final save, in the middle of an epoch."""

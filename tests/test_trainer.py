@@ -391,7 +391,11 @@ def test_rows_without_similarity(make):
         ({"torch_compile": True}, "torch_compile=True is not supported"),
         ({"use_liger_kernel": True}, "use_liger_kernel"),
         ({"label_smoothing_factor": 0.1}, "use label_smoothing"),
+        ({"objective_kwargs": {"beta": 1}}, "an option of its own: --beta"),
+        ({"beta": -1.0}, "beta is -1.0; it must be positive"),
+        ({"normalizer": "tokens"}, "normalizer is 'tokens'; choose one of"),
         ({"plugins": ["nowhere.py"]}, "nowhere.py is not there"),
+        ({"plugins": ["nowhere"]}, "plugin 'nowhere' cannot be imported"),
         ({"dtype": "int4"}, "int4"),
     ],
 )
@@ -409,6 +413,8 @@ def test_config_fills_in_what_the_objective_takes(tmp_path):
     )
     assert again.objective_options() == config.objective_options()
     assert AspoConfig(output_dir=str(tmp_path), use_cpu=True, loss_type="sigmoid").loss_type == ["dpo"]
+    several = AspoConfig(output_dir=str(tmp_path), use_cpu=True, loss_type=["simpo", "dpo", "sft"])
+    assert several.objective_options() == {"gamma": 1.0, "label_smoothing": 0.0}  # beta: each its own default
 
 
 def test_more_than_one_device_or_process_is_refused(tmp_path, monkeypatch):
