@@ -61,11 +61,15 @@ class Inputs:
                 f"the layout is on {self.layout.targets.device} but logps on {self.logps.device}: use layout.to(device)"
             )
         self.layout.require_nonempty()
-        if self.similarity is not None and self.similarity.device.type == "cpu":
-            bad = torch.nonzero(~torch.isfinite(self.similarity)).flatten()
+        for name, value, fix in (
+            ("similarity", self.similarity, "score that sentence again"),
+            ("ref_logps", self.ref_logps, "compute the reference's log-probabilities again"),
+        ):
+            if value is None or value.device.type != "cpu":  # elsewhere looking would wait for the device
+                continue
+            bad = torch.nonzero(~torch.isfinite(value)).flatten()
             if bad.numel():
-                at = int(bad[0])
-                raise ValueError(f"similarity[{at}] is {float(self.similarity[at])}; score that sentence again")
+                raise ValueError(f"{name}[{int(bad[0])}] is {float(value[bad[0]])}; {fix}")
 
     @cached_property
     def token_logratios(self) -> Tensor:

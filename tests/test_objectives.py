@@ -273,6 +273,7 @@ def test_weighted_sum_errors():
         ({"ref_logps": torch.zeros(17, 1)}, r"ref_logps must be floating point \(17,\)"),
         ({"similarity": torch.zeros(4)}, r"similarity must be floating point \(5,\), got torch.float32 \(4,\)"),
         ({"similarity": torch.tensor([0, 1, math.nan, 0, 0])}, r"similarity\[2\] is nan; score that sentence again"),
+        ({"ref_logps": torch.zeros(17).fill_(-math.inf)}, r"ref_logps\[0\] is -inf; compute the reference's"),
         ({"ref_logps": torch.zeros(17, device="meta")}, "ref_logps is on meta but logps on cpu"),
         (
             {"layout": lean_layout(LENGTHS).to("meta")},
