@@ -176,6 +176,10 @@ class AspoConfig(TrainingArguments):
             raise ValueError(
                 f"training on {self.n_gpu} devices is not supported yet: set CUDA_VISIBLE_DEVICES to name one device"
             )
+        if getattr(self, "train_sampling_strategy", None) == "group_by_length":
+            raise ValueError(
+                "train_sampling_strategy=group_by_length is not supported: rows have no length; use random"
+            )
         parse_dtype(self.dtype)
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length is {self.max_length}; it must be positive, or null for no limit")

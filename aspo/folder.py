@@ -132,6 +132,22 @@ def _open_image(entry: Any, root: str | Path | None) -> Image.Image:
     try:
         return Image.open(io.BytesIO(image_bytes(entry, root))).convert("RGB")
     except OSError as error:
-        name = entry.get("path") if isinstance(entry, Mapping) else entry
-        why = "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"image {name or 'in the row'} cannot be read: {why}") from error
+        raise _unreadable(entry, error) from error
+
+
+def check_image(entry: Any) -> None:
+    """That an image entry is one, by its first bytes: nothing is decoded."""
+    if isinstance(entry, Image.Image):
+        return
+    content = entry.get("bytes") if isinstance(entry, Mapping) else None
+    try:
+        with Image.open(image_path(entry, None) if content is None else io.BytesIO(content)):
+            pass
+    except OSError as error:
+        raise _unreadable(entry, error) from error
+
+
+def _unreadable(entry: Any, error: OSError) -> ValueError:
+    name = entry.get("path") if isinstance(entry, Mapping) else entry
+    why = "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+    return ValueError(f"image {name or 'in the row'} cannot be read: {why}")

@@ -180,6 +180,10 @@ def train(config: AspoConfig) -> None:
 
     A finished run is left alone. Raises ValueError on bad rows, and where output_dir holds a run of other settings.
     """
+    evaluates = config.eval_strategy != "no"
+    if evaluates != bool(config.eval_data):
+        given, missing = ("eval_strategy", "eval_data") if evaluates else ("eval_data", "eval_strategy")
+        raise ValueError(f"--{given} is given, but --{missing} is not: give both or neither")
     rows = _load(config.train_data)
     eval_rows = _load(config.eval_data) if config.eval_data else None
     path = Path(str(config.output_dir)) / "run.json"

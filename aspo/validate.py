@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from aspo.folder import image_entries, image_path
+from aspo.folder import check_image, image_entries, image_path
 from aspo.sentences import check_spans
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -89,11 +89,10 @@ def _is_message(value: Any) -> bool:
 
 def _check_images(row: Row) -> None:
     for entry in image_entries(row):
-        if isinstance(entry, Image.Image) or (isinstance(entry, Mapping) and entry.get("bytes") is not None):
-            continue
-        path = image_path(entry, None)
-        if not path.is_file():
+        in_memory = isinstance(entry, Image.Image) or (isinstance(entry, Mapping) and entry.get("bytes") is not None)
+        if not in_memory and not (path := image_path(entry, None)).is_file():
             raise ValueError(f"no image file {path}: check the path, or say where relative paths start (image_root)")
+        check_image(entry)
 
 
 def _check_responses(index: int, row: Row) -> None:

@@ -181,3 +181,6 @@ def test_train_ends_with_one_line_on_bad_rows(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert cli.main(["train", *flags[:3], str(tmp_path / "gone"), "--output_dir", str(tmp_path / "out")]) == 2
     assert "gone" in capsys.readouterr().err.splitlines()[-1]
+    for some in (["--eval_data", str(tmp_path / "rows")], ["--eval_strategy", "epoch"]):
+        assert cli.main(["train", *flags, "--output_dir", str(tmp_path / "out"), "--use_cpu", *some]) == 2
+        assert "give both or neither" in capsys.readouterr().err.splitlines()[-1]

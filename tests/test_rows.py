@@ -232,6 +232,10 @@ def test_dataset_dict_asks_for_a_split(tmp_path):
 
 def test_unreadable_image_is_named(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
+    rows = [{**row, "images": [tmp_path / "bad.png"]} for row in tiny_rows(1)]
+    for bad in (rows, load_rows(rows), [{**rows[0], "images": [{"bytes": b"no image", "path": None}]}]):
+        with pytest.raises(ValueError, match=r"column 'images': image .* cannot be read: not an image"):
+            validate_rows(bad)
     with pytest.raises(ValueError, match=r"bad\.png cannot be read: not an image that Pillow knows$"):
         load_images({"images": ["bad.png"]}, root=tmp_path)
 

@@ -395,6 +395,7 @@ def test_rows_without_similarity(make):
         ({"beta": -1.0}, "beta is -1.0; it must be positive"),
         ({"normalizer": "tokens"}, "normalizer is 'tokens'; choose one of"),
         ({"plugins": ["nowhere.py"]}, "nowhere.py is not there"),
+        ({"train_sampling_strategy": "group_by_length"}, "group_by_length is not supported"),
         ({"plugins": ["nowhere"]}, "plugin 'nowhere' cannot be imported"),
         ({"dtype": "int4"}, "int4"),
     ],
