@@ -131,21 +131,32 @@ def main() -> None:
     header = machine()
     print(", ".join(f"{k}: {v}" for k, v in header.items()))
     rows: list[dict[str, object]] = []
-    for trainable in (False, True):
-        for dtype in ("bf16", "fp32"):
-            for logits in ("random", "peaked"):
-                case = Case(*size, dtype=dtype, logits=logits, trainable_head=trainable)
-                print(case)
-                rows += compare(case, 1 if args.smoke else args.rounds, with_memory=not args.smoke)
-    if args.smoke:
-        return
-    args.out.parent.mkdir(exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        file.writelines(f"# {k}: {v}\n" for k, v in header.items())
+    for case in cases(*size):
+        print(case)
+        rows += compare(case, 1 if args.smoke else args.rounds, with_memory=not args.smoke)
+    if not args.smoke:
+        write(args.out, header, rows)
+
+
+def cases(tokens: int, hidden: int, vocabulary: int) -> list[Case]:
+    """Frozen and trainable head, bf16 and fp32, random and peaked logits."""
+    return [
+        Case(tokens, hidden, vocabulary, dtype, logits, trainable)
+        for trainable in (False, True)
+        for dtype in ("bf16", "fp32")
+        for logits in ("random", "peaked")
+    ]
+
+
+def write(out: Path, header: dict[str, str], rows: list[dict[str, object]]) -> None:
+    """The rows as CSV under comment lines that say what they were measured on."""
+    out.parent.mkdir(exist_ok=True)
+    with out.open("w", newline="") as file:
+        file.writelines(f"# {key}: {value}\n" for key, value in header.items())
         writer = csv.DictWriter(file, FIELDS, restval="")
         writer.writeheader()
         writer.writerows(rows)
-    print(f"wrote {args.out}")
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":
