@@ -157,6 +157,10 @@ def run(args: argparse.Namespace) -> int:
         questions=args.questions,
         minimal_pairs=args.minimal_pairs,
     )
+    if args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a folder; name a file, for example {args.out / 'eval.json'}")
+    partial = args.out.with_name(args.out.name + ".partial.jsonl")
+    done = _finished(args.out, partial)
     vocabulary = None
     if args.objects is not None:
         vocabulary = ObjectVocabulary(args.objects.read_text(encoding="utf-8").splitlines())
@@ -166,7 +170,6 @@ def run(args: argparse.Namespace) -> int:
         load_model(args.adapter, args.dtype, base=args.model) if args.adapter else load_model(args.model, args.dtype)
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.out.with_name(args.out.name + ".partial.jsonl")
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task(f"evaluating {args.adapter or args.model}", total=len(rows))
         items = evaluate(
@@ -175,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
             rows,
             options,
             vocabulary=vocabulary,
-            done=_finished(args.out, partial),
+            done=done,
             save=lambda items: append_line(partial, "".join(json.dumps(item) + "\n" for item in items)),
             progress=lambda count: bar.advance(task, count),
         )
@@ -198,7 +201,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _finished(out: Path, partial: Path) -> dict[str, Item]:
     """Items of an earlier run by key: of its result, or of what it had done when it was stopped."""
-    items: list[Item] = json.loads(out.read_text(encoding="utf-8"))["items"] if out.is_file() else []
+    items: list[Item] = []
+    if out.is_file():
+        try:
+            items = json.loads(out.read_text(encoding="utf-8"))["items"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{out} exists and is no result of `aspo eval`: name another --out, or delete it"
+            ) from None
     return {item["key"]: item for item in [*items, *read_lines(partial)]}
 
 

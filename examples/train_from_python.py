@@ -31,7 +31,7 @@ def main(output_dir: str) -> None:
     config = AspoConfig(
         output_dir=output_dir,
         alpha=0.5,
-        learning_rate=1e-3,
+        learning_rate=3e-4,
         per_device_train_batch_size=8,
         logging_steps=2,
         use_cpu=True,

@@ -268,3 +268,13 @@ def test_the_command_writes_resumes_and_finishes(fake, tmp_path, monkeypatch, ca
     assert command.run(_arguments(tmp_path)) == 0  # everything is known
     assert fake.rows == asked
     assert json.loads((tmp_path / "out.json").read_text()) == result
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(fake, tmp_path):
+    with pytest.raises(ValueError, match="is a folder; name a file"):
+        command.run(_arguments(tmp_path, **{"--out": str(tmp_path)}))
+    foreign = tmp_path / "foreign.json"
+    foreign.write_text('{"rows": 3}')
+    with pytest.raises(ValueError, match="is no result of `aspo eval`"):
+        command.run(_arguments(tmp_path, **{"--out": str(foreign)}))
+    assert foreign.read_text() == '{"rows": 3}'
