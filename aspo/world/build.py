@@ -25,7 +25,7 @@ from aspo.world.scenes import Scene, sample_scene, scenes
 from aspo.world.tokenizer import clip_tokenizer, train_tokenizer
 from aspo.world.vlm import BaseTraining, build_processor, train_vlm
 
-CLIP_STEPS = 1200
+CLIP_STEPS = 1500
 
 
 def uniform_scenes(rng: random.Random, n: int, counts: tuple[int, int]) -> list[Scene]:
