@@ -27,7 +27,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from aspo.data import Collator, encode_prompt, end_of_turn, generation_inputs, load_images, tokenizer_of
-from aspo_kernels import SentenceLayout, linear_logps
+from aspo_kernels import SentenceLayout, gather_hidden, linear_logps
 
 ADAPTER_CONFIG = "adapter_config.json"
 MAX_HEAD_ERROR = 0.02  # of the largest logit: bf16 keeps 8 bits, a forgotten scale or softcap is far above
@@ -347,6 +347,6 @@ def response_logps(
         inputs = {key: value.to(device) for key, value in batch["model_inputs"].items()}
         layout = batch["layout"].to(device)
         with inference(model):  # not around the yield: the caller's gradient mode is its own
-            hidden = trunk_hidden(model, inputs).flatten(0, 1)[layout.hidden_index]
+            hidden = gather_hidden(trunk_hidden(model, inputs), layout)
             logps = head.logps(hidden, layout.targets).cpu()
         yield ScoredBatch(logps, batch["layout"], batch["similarity"], batch["ids"])
