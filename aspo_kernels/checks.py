@@ -5,20 +5,41 @@ On an accelerator only what needs no device sync is looked at: shapes, dtypes, d
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "torch", "triton", "reference")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up, not imported: that takes a second
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_backend(backend: str, device: torch.device) -> str:
-    """The backend to use on `device`: "torch" or "reference"."""
+def check_backend(backend: str, tensor: Tensor) -> str:
+    """The backend for tensors like this one: "torch", "triton" or "reference"; "auto" is triton where it can run."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
-    if backend == "triton":
-        raise ValueError("backend='triton' is not part of this version; use backend='auto' or 'torch'")
-    return "torch" if backend == "auto" else backend
+    if backend not in ("auto", "triton"):
+        return backend
+    obstacle = _no_triton(tensor.device.type, tensor.dtype)
+    if backend == "triton" and obstacle is not None:
+        raise ValueError(f"backend='triton' cannot run here: {obstacle}; use backend='auto' or 'torch'")
+    # The interpreter is for tests: never chosen unasked.
+    return "torch" if obstacle is not None or tensor.device.type == "cpu" else "triton"
+
+
+def _no_triton(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot take such tensors, or None where they can."""
+    if dtype == torch.float64:
+        return "its kernels have no float64"
+    if not _HAS_TRITON:
+        return "the package triton is not installed"
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the tensors are on the CPU (set TRITON_INTERPRET=1 before the program starts to interpret its kernels)"
+    if device_type not in ("cpu", "cuda", "xpu"):
+        return f"it has no {device_type} device"
+    return None
 
 
 def check_head(hidden: Tensor, head: Tensor, bias: Tensor | None, name: str = "hidden") -> None:

@@ -90,7 +90,7 @@ def linear_logps(
     if not torch.is_grad_enabled():
         hidden, head, bias = hidden.detach(), head.detach(), bias if bias is None else bias.detach()
     with torch.autocast(hidden.device.type, enabled=False):
-        if check_backend(backend, hidden.device) == "reference":
+        if check_backend(backend, hidden) == "reference":
             dtype = statistics_dtype(hidden.dtype)
             bias = bias if bias is None else bias.to(dtype)
             logps = reference.linear_logps(hidden.to(dtype), head.to(dtype), targets, bias, **vars(epilogue))

@@ -1,10 +1,14 @@
 """Settings for every test: one thread, reproducible property tests, and a switch that poisons unwritten memory."""
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: without a GPU its kernels are interpreted
 
 import aspo  # noqa: F401  its torchvision hook, before a test imports transformers
 
@@ -24,3 +28,18 @@ def poison() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device() -> str:
+    """Where the Triton kernels run: compiled on a GPU where there is one, else interpreted on the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped, and say so, where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))

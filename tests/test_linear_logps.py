@@ -591,7 +591,6 @@ def arguments(**changes):
         ({"logit_scale": float("inf")}, "logit_scale is inf"),
         ({"memory_budget": -1}, "memory_budget is -1 bytes"),
         ({"backend": "cuda"}, "backend is 'cuda'; choose one of auto, torch"),
-        ({"backend": "triton"}, "backend='triton' is not part of this version"),
         (
             {"hidden": torch.full((3, 4), float("nan"))},
             r"log-probability of token 0 \(target 0\) is nan.*3 such tokens",
