@@ -11,6 +11,15 @@ from torch import Tensor
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
+# (hidden size, vocabulary) of the heads that the GPU suite and the model of the time look at, and their token counts.
+HEADS = {
+    "LLaVA-1.5-7B": (4096, 32_000),
+    "Qwen2.5-VL-7B": (3584, 152_064),
+    "Gemma-3-4B": (2560, 262_208),
+    "Qwen2-VL-2B": (1536, 151_936),
+}
+GPU_TOKENS = (512, 2048, 8192, 32_768)
+
 
 @dataclass(frozen=True)
 class Case:
