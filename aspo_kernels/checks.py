@@ -61,13 +61,34 @@ def check_head(hidden: Tensor, head: Tensor, bias: Tensor | None, name: str = "h
             raise ValueError(f"{name} is on {hidden.device} but its {other_name} on {other.device}")
 
 
+def check_lora(hidden: Tensor, head: Tensor, lora: tuple[Tensor, Tensor, float] | None) -> None:
+    """lora = (A (r, H), B (V, r), scaling) of a LoRA on the head: shapes, dtypes, devices."""
+    if lora is None:
+        return
+    a, b, scaling = lora
+    shapes = (a.shape, b.shape)
+    if a.dim() != 2 or b.dim() != 2 or shapes != ((b.shape[1], head.shape[1]), (head.shape[0], a.shape[0])):
+        raise ValueError(
+            f"lora must be (A (r, {head.shape[1]}), B ({head.shape[0]}, r), scaling) for this head, got "
+            f"{tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    if not abs(scaling) < float("inf"):
+        raise ValueError(f"lora's scaling is {scaling}; it must be finite")
+    for name, tensor in (("A", a), ("B", b)):
+        if tensor.dtype != hidden.dtype or tensor.device != hidden.device:
+            raise ValueError(
+                f"lora's {name} is {tensor.dtype} on {tensor.device} but hidden {hidden.dtype} on {hidden.device}: "
+                "cast it, or use autocast"
+            )
+
+
 def check_targets(targets: Tensor, size: int, vocabulary: int, device: torch.device, validate: bool = False) -> None:
     """targets (size,) int64 on `device`; that they lie in [0, vocabulary) on the CPU or with `validate`."""
     if targets.shape != (size,) or targets.dtype != torch.int64:
         raise ValueError(f"targets must be ({size},) int64, got {tuple(targets.shape)} {targets.dtype}")
     if targets.device != device:
         raise ValueError(f"targets are on {targets.device} but the hidden states or logits on {device}")
-    if size and (validate or device.type == "cpu"):
+    if size and (validate or device.type == "cpu") and not torch.compiler.is_compiling():
         for at in (int(targets.argmin()), int(targets.argmax())):
             if not 0 <= int(targets[at]) < vocabulary:
                 raise ValueError(
@@ -84,7 +105,7 @@ def check_positive(name: str, value: float) -> None:
 
 def check_finite_logps(logps: Tensor, targets: Tensor) -> None:
     """On the CPU, where looking is free: every log-probability is finite."""
-    if logps.device.type != "cpu" or not logps.numel():
+    if torch.compiler.is_compiling() or logps.device.type != "cpu" or not logps.numel():
         return
     bad = torch.nonzero(~torch.isfinite(logps.detach())).flatten()
     if bad.numel():

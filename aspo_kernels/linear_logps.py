@@ -12,38 +12,41 @@ Schedules, in passes u of the head (2 N H V FLOP), chosen from what requires a g
     hidden              2u  the forward also forms G = W[y] - p W (N x H); the backward is g * G, without the head
     head too, stored    3u  E is kept to the backward when N x V entries fit the budget
     head too, recompute 4u  E is formed again, one slice of the vocabulary at a time
-Derivations: docs/math.md. Axes: N tokens, V vocabulary, H hidden; n, v a tile's part of N, V.
+Derivations: docs/math.md. Axes: N tokens, V vocabulary, H hidden; n, m, v a tile's part of them (`tiles`).
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aspo_kernels import reference
+from aspo_kernels import reference, torch_head
 from aspo_kernels.checks import (
     check_backend,
     check_finite_logps,
     check_head,
+    check_lora,
     check_targets,
     refuse_double_backward,
 )
 from aspo_kernels.tiles import (
+    Chunk,
     Epilogue,
+    Head,
+    add_product_,
     gradient_operand_dtype,
-    matmul,
-    products,
     statistics_dtype,
+    tile_size,
     token_chunks,
     vocabulary_slices,
     widen,
 )
+from aspo_kernels.vocabulary import VocabularyShard, merge_sums, share_targets, sum_over, vocabulary_group
 
-# exp(40): a row whose sum passes this raises its shift. Far inside fp32, and 1 / S stays far above its smallest normal
-# number, so that the products of the dW pass do not flush to zero.
-MAX_SUM = 2.3e17
+Lora = tuple[Tensor, Tensor, float]  # A (r, H), B (V, r), scaling
 
 
 def linear_logps(
@@ -55,6 +58,8 @@ def linear_logps(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    lora: Lora | None = None,
+    vocabulary: VocabularyShard | None = None,
     backend: str = "auto",
     memory_budget: int | None = None,
     validate: bool = False,
@@ -67,273 +72,359 @@ def linear_logps(
         targets: (N,) int64 in [0, V).
         bias, logit_scale, softcap, temperature: z = cap(logit_scale * (x W^T + bias)) / temperature with
             cap(z) = softcap * tanh(z / softcap); bias is (V,).
-        backend: "auto" | "torch" | "reference" (full logits, for comparison).
+        lora: (A, B, scaling) of a LoRA on the head, A (r, H) and B (V, r): z = x (W + scaling B A)^T + ..., exactly,
+            without its dropout; A, B and W get the gradients that they require.
+        vocabulary: which rows of the whole head `head` (with bias and B) holds, for a head that is spread over
+            processes; every process gives the same hidden and targets and gets the same result.
+        backend: "auto" | "torch" | "triton" | "reference" (full logits, for comparison).
         memory_budget: bytes that a trainable head may hold from forward to backward to spare a recompute; None =
             4 V H, the size of an fp32 gradient of the head.
         validate: check targets' contents on an accelerator too (waits for the device).
 
     Returns:
-        (N,) fp32 log-probabilities, differentiable once in hidden, head and bias.
+        (N,) fp32 log-probabilities, differentiable once in hidden, head, bias, A and B.
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or options; on the CPU also a target outside [0, V) or a result
             that is not finite.
     """
-    epilogue = Epilogue(logit_scale, softcap, temperature)
+    return policy_and_reference_logps(
+        hidden, None, head, targets, bias, Epilogue(logit_scale, softcap, temperature), lora, vocabulary, backend,
+        memory_budget, validate,
+    )[0]  # fmt: skip
+
+
+def policy_and_reference_logps(
+    hidden: Tensor,
+    ref_hidden: Tensor | None,
+    head: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    epilogue: Epilogue,
+    lora: Lora | None,
+    vocabulary: VocabularyShard | None,
+    backend: str,
+    memory_budget: int | None,
+    validate: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`linear_logps` of the policy's hidden states, and of the reference's through the same head in the same pass.
+
+    ref_hidden: (N, H) or None; no gradient reaches it. Its rows are stacked on the policy's, chunk by chunk, so that
+    each slice of the head is read once for both. Returns (N,) and (N,) or None.
+    """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, head, bias = hidden.to(dtype), head.to(dtype), bias if bias is None else bias.to(dtype)
+        hidden, head = hidden.to(dtype), head.to(dtype)
+        bias, ref_hidden = (t if t is None else t.to(dtype) for t in (bias, ref_hidden))
+        lora = lora if lora is None else (lora[0].to(dtype), lora[1].to(dtype), lora[2])
     check_head(hidden, head, bias)
-    check_targets(targets, hidden.shape[0], head.shape[0], hidden.device, validate)
+    check_lora(hidden, head, lora)
+    check_targets(targets, hidden.shape[0], vocabulary.size if vocabulary else head.shape[0], hidden.device, validate)
+    if vocabulary is not None:
+        vocabulary.check(head)
     if memory_budget is not None and memory_budget < 0:
         raise ValueError(f"memory_budget is {memory_budget} bytes; it must not be negative")
-    if not torch.is_grad_enabled():
-        hidden, head, bias = hidden.detach(), head.detach(), bias if bias is None else bias.detach()
+    backend = check_backend(backend, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        if check_backend(backend, hidden) == "reference":
-            dtype = statistics_dtype(hidden.dtype)
-            bias = bias if bias is None else bias.to(dtype)
-            logps = reference.linear_logps(hidden.to(dtype), head.to(dtype), targets, bias, **vars(epilogue))
+        lora_b = None
+        if lora is not None:
+            lora_a, lora_b, scaling = lora
+            hidden = torch.cat([hidden, scaling * (hidden @ lora_a.T)], 1)
+            if ref_hidden is not None:
+                ref_hidden = torch.cat([ref_hidden, scaling * (ref_hidden @ lora_a.T)], 1)
+        ref_hidden = ref_hidden if ref_hidden is None else ref_hidden.detach()
+        if backend == "reference":
+            logps, ref_logps = _from_full_logits(hidden, ref_hidden, head, lora_b, targets, bias, epilogue, vocabulary)
         else:
-            logps = _LinearLogps.apply(hidden, head, bias, targets, epilogue, memory_budget)
+            trainable = [t for t in (head, bias, lora_b) if t is not None and t.requires_grad]
+            grad = torch.is_grad_enabled()
+            budget = 4 * head.numel() if memory_budget is None else memory_budget
+            entry_bytes = gradient_operand_dtype(hidden.dtype).itemsize
+            fits = hidden.shape[0] * head.shape[0] * entry_bytes <= budget if grad and trainable else False
+            keep = "nothing" if not grad or not trainable else "exps" if fits else "inputs"
+            logps, ref_logps, *_ = _linear_logps(
+                hidden, ref_hidden, head, bias, lora_b, targets, *vars(epilogue).values(), backend,
+                grad and hidden.requires_grad, keep,
+                vocabulary.start if vocabulary else 0, vocabulary.group_name if vocabulary else None,
+            )  # fmt: skip
     check_finite_logps(logps, targets)
-    return logps
+    check_finite_logps(ref_logps, targets)
+    return logps, None if ref_hidden is None else ref_logps
 
 
-class _LinearLogps(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,  # (N, H)
-        head: Tensor,  # (V, H)
-        bias: Tensor | None,  # (V,)
-        targets: Tensor,  # (N,)
-        epilogue: Epilogue,
-        memory_budget: int | None,
-    ) -> Tensor:
-        needs_hidden, needs_head, needs_bias = ctx.needs_input_grad[:3]
-        trainable = needs_head or needs_bias
-        exps = _room_for_exps(hidden, head, memory_budget) if trainable else None
-        # fp16 cannot hold the small rows of G before the upstream gradient, with its loss scale, has multiplied them.
-        row_dtype = gradient_operand_dtype(hidden.dtype)
-        row_grad = torch.empty(hidden.shape, dtype=row_dtype, device=hidden.device) if needs_hidden else None
-
-        dtype = statistics_dtype(hidden.dtype)
-        logps, shift, denominator, target_entry = (
-            torch.empty(hidden.shape[0], dtype=dtype, device=hidden.device) for _ in range(4)
-        )
-        for chunk in token_chunks(hidden.shape[0]):
-            _forward_chunk(
-                hidden[chunk],
-                head,
-                bias,
-                targets[chunk],
-                epilogue,
-                out=(logps[chunk], shift[chunk], denominator[chunk], target_entry[chunk]),
-                row_grad=None if row_grad is None else row_grad[chunk],
-                exps=None if exps is None else exps[chunk],
-            )
-        ctx.epilogue, ctx.dtype = epilogue, hidden.dtype
-        if not trainable:
-            ctx.save_for_backward(row_grad)  # a frozen head is not needed again
-        elif exps is not None:
-            ctx.save_for_backward(row_grad, hidden, denominator, exps)
-        else:
-            ctx.save_for_backward(row_grad, hidden, denominator, targets, shift, target_entry, head, bias)
-        return logps
-
-    @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("linear_logps")
-        with torch.autocast(grad_logps.device.type, enabled=False):  # a backward begun under autocast must not narrow E
-            return *_gradients(ctx, grad_logps), None, None, None
-
-
-def _gradients(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of hidden, head and bias, those that are needed."""
-    needs_hidden, needs_head, needs_bias = ctx.needs_input_grad[:3]
-    row_grad, *kept = ctx.saved_tensors
-    d_hidden = d_head = d_bias = None
-    if needs_hidden:
-        d_hidden = torch.empty_like(row_grad, dtype=ctx.dtype)
-        for chunk in token_chunks(row_grad.shape[0]):  # the fp32 product of a bf16 row and its g is a copy
-            d_hidden[chunk] = row_grad[chunk] * grad_logps[chunk, None]
-    if needs_head or needs_bias:
-        hidden, denominator, *how = kept
-        # Divided by a power of two, so that tiny gradients do not flush to zero in a narrow operand.
-        scale = _power_of_two_above(grad_logps)
-        coefficient = -ctx.epilogue.slope * (grad_logps / scale) / denominator
-        small = (coefficient[:, None] * hidden).to(gradient_operand_dtype(hidden.dtype)) if needs_head else None
-        bias_coefficient = coefficient if needs_bias else None
-        if len(how) == 1:
-            scaled = _head_grads(how[0], small, bias_coefficient)
-            d_head, d_bias = (d if d is None else d.mul_(scale).to(hidden.dtype) for d in scaled)
-        else:
-            targets, shift, target_entry, head, bias = how
-            d_head, d_bias = _recomputed_head_grads(
-                hidden, targets, shift, target_entry, head, bias, ctx.epilogue, small, bias_coefficient, scale
-            )
-    return d_hidden, d_head, d_bias
-
-
-def _room_for_exps(hidden: Tensor, head: Tensor, memory_budget: int | None) -> Tensor | None:
-    """An (N, V) buffer for E where it fits the budget, else None."""
-    dtype = gradient_operand_dtype(hidden.dtype)
-    budget = 4 * head.numel() if memory_budget is None else memory_budget
-    if hidden.shape[0] * head.shape[0] * dtype.itemsize > budget:
-        return None
-    return torch.empty(hidden.shape[0], head.shape[0], dtype=dtype, device=hidden.device)
-
-
-def _forward_chunk(
-    x: Tensor,  # (n, H)
+def _from_full_logits(
+    hidden: Tensor,
+    ref_hidden: Tensor | None,
     head: Tensor,
+    lora_b: Tensor | None,
+    targets: Tensor,
     bias: Tensor | None,
-    y: Tensor,  # (n,)
     epilogue: Epilogue,
-    out: tuple[Tensor, Tensor, Tensor, Tensor],  # (n,) each: logps, shift, denominator, target_entry
-    row_grad: Tensor | None,  # (n, H)
-    exps: Tensor | None,  # (n, V)
-) -> None:
-    """One pass over the vocabulary for a chunk of tokens; writes its results into `out`, `row_grad` and `exps`."""
-    logps, shift, denominator, target_entry = out
-    target_rows, wide = head[y], widen(x)
-    z_y, d_y = _target_logits(wide, target_rows, bias, y, epilogue)
-    shift.copy_(z_y)
-    total = torch.zeros_like(z_y)
-    weighted = None if row_grad is None else torch.zeros(x.shape, dtype=z_y.dtype, device=x.device)
-    for part in vocabulary_slices(head.shape[0], x.shape[0]):
-        z, derivative = _tile_logits(wide, head, bias, epilogue, part)
-        e = _shifted_exps(z, shift, y, part)
-        sums = e.sum(1)
-        too_large = torch.nonzero(~(sums < MAX_SUM)).flatten()  # ~(<) also catches NaN
-        if too_large.numel():
-            z = _tile_logits(wide[too_large], head, bias, epilogue, part)[0]
-            rescale = _raise_shift(e, sums, shift, too_large, z, y, part)
-            total[too_large] *= rescale
-            if weighted is not None:
-                weighted[too_large] *= rescale[:, None]
-            if exps is not None:
-                exps[too_large, : part.start] *= rescale[:, None].to(exps.dtype)
-        total += sums
-        if row_grad is None and exps is None:
-            continue
-        e = e if derivative is None else e.mul_(derivative)
-        operand = e.to(gradient_operand_dtype(x.dtype))
-        if weighted is not None:
-            weighted += matmul(operand, head[part].to(operand.dtype))
-        if exps is not None:
-            exps[:, part] = operand
-
-    # With t = z_y - c: logp = t - log(S + e^t), which for the usual t = 0 is -log1p(S).
-    t = z_y - shift
-    torch.add(total, t.exp(), out=denominator)
-    torch.where(t == 0, -total.log1p(), t - denominator.log(), out=logps)
-    torch.mul(total, -1.0 if d_y is None else -d_y, out=target_entry)
-    if row_grad is not None and weighted is not None:
-        # G = (S W[y] - sum_{v != y} E_v W[v]) / (S + e^t), with E and S times the soft-cap's derivative
-        weighted.addcmul_(target_entry[:, None], target_rows.to(weighted.dtype))
-        row_grad.copy_(weighted.mul_((-epilogue.slope / denominator)[:, None]))
-    if exps is not None:
-        # 1 - p_y = S / (S + e^t): with -S in the target's place, E / (S + e^t) is exactly p - 1[y].
-        exps.scatter_(1, y[:, None], target_entry[:, None].to(exps.dtype))
+    vocabulary: VocabularyShard | None,
+) -> tuple[Tensor, Tensor]:
+    """The same by `reference`, in fp32 (fp64 for fp64)."""
+    if vocabulary is not None:
+        raise ValueError("backend='reference' takes a whole head; gather it, or use backend='torch'")
+    dtype = statistics_dtype(hidden.dtype)
+    wide = (head if lora_b is None else torch.cat([head, lora_b], 1)).to(dtype)
+    bias = bias if bias is None else bias.to(dtype)
+    logps, ref_logps = (
+        hidden.new_empty(0, dtype=dtype)
+        if x is None
+        else reference.linear_logps(x.to(dtype), wide, targets, bias, **vars(epilogue))
+        for x in (hidden, ref_hidden)
+    )
+    return logps, ref_logps.detach()
 
 
-def _target_logits(
-    x: Tensor, target_rows: Tensor, bias: Tensor | None, y: Tensor, epilogue: Epilogue
-) -> tuple[Tensor, Tensor | None]:
-    """z_y and the soft-cap's derivative there.  (n,), (n,) or None."""
-    dtype = statistics_dtype(x.dtype)
-    z_y = (x.to(dtype) * target_rows.to(dtype)).sum(1)
-    return z_y, epilogue.apply_(z_y, None if bias is None else bias[y].to(dtype))
-
-
-def _put_at_targets(e: Tensor, y: Tensor, part: slice, values: Tensor) -> Tensor:
-    """e[n, y[n]] = values[n] for the targets inside this slice, in place.  (n, v), (n,), (n,)."""
-    here = torch.nonzero((y >= part.start) & (y < part.stop)).flatten()
-    e[here, y[here] - part.start] = values[here]
-    return e
-
-
-def _shifted_exps(z: Tensor, shift: Tensor, y: Tensor, part: slice) -> Tensor:
-    """exp(z - shift) in place, 0 at the targets.  (n, v)."""
-    return _put_at_targets(z.sub_(shift[:, None]).exp_(), y, part, torch.zeros_like(shift))
-
-
-def _tile_logits(
-    x: Tensor, head: Tensor, bias: Tensor | None, epilogue: Epilogue, part: slice
-) -> tuple[Tensor, Tensor | None]:
-    """Logits of one slice of the vocabulary and the soft-cap's derivative.  (n, v)."""
-    z = products(x, head[part])
-    return z, epilogue.apply_(z, None if bias is None else bias[part].to(z.dtype))
-
-
-def _raise_shift(
-    e: Tensor,  # (n, v), its rows `rows` are formed again in place
-    sums: Tensor,  # (n,), likewise
-    shift: Tensor,  # (n,), likewise
-    rows: Tensor,
-    z: Tensor,  # (rows, v) logits
-    y: Tensor,
-    part: slice,
-) -> Tensor:
-    """Shift the exponentials of `rows` by this slice's largest logit; returns the factor for what they had before."""
-    before, largest = shift[rows], z.amax(1)
-    again = _shifted_exps(z, largest, y[rows], part)
-    shift[rows], e[rows], sums[rows] = largest, again, again.sum(1)
-    return (before - largest).exp()
-
-
-def _head_grads(
-    exps: Tensor,  # (N, V) E with the targets' entries
-    small: Tensor | None,  # (N, H) coefficient * hidden, or None: head frozen
-    coefficient: Tensor | None,  # (N,), or None: no bias gradient
-) -> tuple[Tensor | None, Tensor | None]:
-    """E^T (coefficient x) and E^T coefficient.  (V, H), (V,)."""
-    d_head = None if small is None else torch.mm(exps.T, small)
-    d_bias = None if coefficient is None else torch.mv(exps.T, coefficient.to(exps.dtype))
-    return d_head, d_bias
-
-
-def _recomputed_head_grads(
-    hidden: Tensor,  # (N, H)
-    targets: Tensor,  # (N,)
-    shift: Tensor,  # (N,)
-    target_entry: Tensor,  # (N,)
-    head: Tensor,  # (V, H)
+@torch.library.custom_op("aspo_kernels::linear_logps", mutates_args=())
+def _linear_logps(
+    hidden: Tensor,  # (N, H + r)
+    ref_hidden: Tensor | None,  # (N, H + r)
+    weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
-    epilogue: Epilogue,
-    small: Tensor | None,
-    coefficient: Tensor | None,
+    lora: Tensor | None,  # (V, r)
+    targets: Tensor,  # (N,)
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    backend: str,
+    row_grads: bool,  # whether G is formed
+    keep: str,  # for the gradient of the head: "nothing" | "exps" | "inputs"
+    vocabulary_start: int,
+    group: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logps, ref_logps (N,), G (N, H + r), row statistics (3, N), E (N, V); empty where not wanted."""
+    head = Head(weight, bias, lora, Epilogue(logit_scale, softcap, temperature), sharded=group is not None)
+    ops, shard = _head_ops(backend), None if group is None else vocabulary_group(group)
+    y = targets - vocabulary_start
+    logps, ref_logps, row_grad, statistics, exps = _outputs(hidden, ref_hidden, weight, row_grads, keep)
+
+    def finish(chunk: Chunk, part: slice, reduction: Any) -> None:
+        if reduction is not None:
+            reduction.wait()
+        out = ops.finish(chunk, head, row_grad[part] if row_grads else None)
+        size = part.stop - part.start
+        logps[part], statistics[:, part] = out[0, :size], out[1:, :size]
+        if ref_hidden is not None:
+            ref_logps[part] = out[0, size:]
+
+    with torch.autocast(hidden.device.type, enabled=False):
+        unfinished = None  # a chunk whose G is being summed over the processes while the next one is computed
+        for part in token_chunks(hidden.shape[0], tile_size(hidden.device).tokens // (1 if ref_hidden is None else 2)):
+            chunk = _start_chunk(hidden[part], None if ref_hidden is None else ref_hidden[part], y[part], head, ops)
+            if row_grads:
+                chunk.weighted = chunk.z_y.new_zeros(part.stop - part.start, hidden.shape[1])
+            chunk.exps = exps[part] if keep == "exps" else None
+            if shard is not None:
+                share_targets(chunk, shard)
+            operand_dtype = ops.operand_dtype(hidden.dtype, keep == "exps") if row_grads or keep == "exps" else None
+            for columns in vocabulary_slices(head.size, chunk.y.shape[0], tile_size(hidden.device)):
+                operand = ops.exps_tile(chunk, head, columns, operand_dtype)
+                if chunk.weighted is not None:
+                    head.pull_back_(chunk.weighted, operand, columns)
+            if shard is not None:
+                merge_sums(chunk, head, ops.raise_to, shard)
+            ops.add_target_rows_(chunk, head)
+            reduction = None if shard is None or chunk.weighted is None else sum_over(chunk.weighted, shard)
+            if unfinished is not None:
+                finish(*unfinished)
+            unfinished = (chunk, part, reduction)
+        if unfinished is not None:
+            finish(*unfinished)
+    return logps, ref_logps, row_grad, statistics, exps
+
+
+def _start_chunk(x: Tensor, ref_x: Tensor | None, y: Tensor, head: Head, ops: ModuleType) -> Chunk:
+    if ref_x is not None:
+        x, y = torch.cat([x, ref_x]), torch.cat([y, y])
+    return ops.start(widen(x), y, head)
+
+
+def _outputs(
+    hidden: Tensor, ref_hidden: Tensor | None, weight: Tensor, row_grads: bool, keep: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Room for what `_linear_logps` returns."""
+    tokens, dtype = hidden.shape[0], statistics_dtype(hidden.dtype)
+    # fp16 cannot hold the small rows of G before the upstream gradient, with its loss scale, has multiplied them.
+    narrow = gradient_operand_dtype(hidden.dtype)
+    return (
+        hidden.new_empty(tokens, dtype=dtype),
+        hidden.new_empty(0 if ref_hidden is None else tokens, dtype=dtype),
+        hidden.new_empty(hidden.shape if row_grads else (0,), dtype=narrow),
+        hidden.new_empty(3, tokens, dtype=dtype),
+        hidden.new_empty((tokens, weight.shape[0]) if keep == "exps" else (0,), dtype=narrow),
+    )
+
+
+@_linear_logps.register_fake
+def _(
+    hidden: Tensor, ref_hidden: Tensor | None, weight: Tensor, bias: Tensor | None, lora: Tensor | None,
+    targets: Tensor, logit_scale: float, softcap: float | None, temperature: float, backend: str,
+    row_grads: bool, keep: str, vocabulary_start: int, group: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _outputs(hidden, ref_hidden, weight, row_grads, keep)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, _, weight, bias, lora, targets, *options = inputs
+    ctx.epilogue, ctx.backend, (ctx.keep, ctx.start) = tuple(options[:3]), options[3], options[5:7]
+    ctx.rank, ctx.dtype = 0 if lora is None else lora.shape[1], hidden.dtype
+    _, ref_logps, row_grad, statistics, exps = output
+    ctx.mark_non_differentiable(ref_logps, row_grad, statistics, exps)
+    ctx.set_materialize_grads(False)
+    if ctx.keep == "nothing":
+        ctx.save_for_backward(row_grad)  # a frozen head is not needed again
+    elif ctx.keep == "exps":
+        ctx.save_for_backward(row_grad, hidden, statistics, exps)
+    else:
+        ctx.save_for_backward(row_grad, hidden, statistics, targets, weight, bias, lora)
+
+
+def _backward(ctx: Any, grad_logps: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    refuse_double_backward("linear_logps")
+    needs_hidden, _, *needs_head = ctx.needs_input_grad[:5]
+    row_grad, *kept = ctx.saved_tensors
+    grads: list[Tensor | None] = [None] * 14
+    if grad_logps is None:
+        return tuple(grads)
+    if needs_hidden:
+        grads[0] = _scaled_rows(row_grad, grad_logps, ctx.dtype)
+    if any(needs_head):
+        if ctx.keep == "exps":
+            hidden, statistics, exps = kept
+            rest = (exps, None, None, None, None)
+        else:
+            hidden, statistics, *inputs = kept
+            rest = (None, *inputs)
+        d_head = _head_grads(
+            grad_logps, hidden, statistics, *rest, ctx.rank, *needs_head, *ctx.epilogue, ctx.backend, ctx.start
+        )
+        grads[2:5] = (d if needed else None for d, needed in zip(d_head, needs_head, strict=True))
+    return tuple(grads)
+
+
+_linear_logps.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("aspo_kernels::scaled_rows", mutates_args=())
+def _scaled_rows(row_grad: Tensor, grad_logps: Tensor, dtype: torch.dtype) -> Tensor:
+    """g * G in `dtype`.  (N, H), (N,) -> (N, H)."""
+    out = torch.empty_like(row_grad, dtype=dtype)
+    for part in token_chunks(row_grad.shape[0]):  # the fp32 product of a bf16 row and its g is a copy
+        out[part] = row_grad[part] * grad_logps[part, None]
+    return out
+
+
+@_scaled_rows.register_fake
+def _(row_grad: Tensor, grad_logps: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(row_grad, dtype=dtype)
+
+
+@torch.library.custom_op("aspo_kernels::head_grads", mutates_args=())
+def _head_grads(
+    grad_logps: Tensor,  # (N,)
+    hidden: Tensor,  # (N, H + r)
+    statistics: Tensor,  # (3, N) shift, denominator, target_entry
+    exps: Tensor | None,  # (N, V) E with the targets' entries; or, to form it again:
+    targets: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora: Tensor | None,
+    rank: int,  # r
+    needs_weight: bool,
+    needs_bias: bool,
+    needs_lora: bool,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    backend: str,
+    vocabulary_start: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of weight (V, H), bias (V,) and LoRA's B (V, r); empty where not needed."""
+    epilogue = Epilogue(logit_scale, softcap, temperature)
+    vocabulary = exps.shape[1] if exps is not None else weight.shape[0]  # type: ignore[union-attr]
+    grads = _head_grad_outputs(hidden, vocabulary, rank, needs_weight, needs_bias, needs_lora)
+    # Divided by a power of two, so that tiny gradients do not flush to zero in a narrow operand.
+    scale = _power_of_two_above(grad_logps)
+    coefficient = -epilogue.slope * (grad_logps / scale) / statistics[1]
+    narrow, width = gradient_operand_dtype(hidden.dtype), hidden.shape[1] - rank
+    columns = {0: slice(0, width), 1: None, 2: slice(width, None)}
+    # Each gradient is E^T times its small operand: coefficient * x, the coefficient, coefficient * x A^T.
+    small = [
+        (
+            grad,
+            (coefficient[:, None] if columns[k] is None else coefficient[:, None] * hidden[:, columns[k]]).to(narrow),
+        )
+        for k, grad in enumerate(grads)
+        if (needs_weight, needs_bias, needs_lora)[k]
+    ]
+    with torch.autocast(hidden.device.type, enabled=False):
+        if exps is not None:
+            for grad, operand in small:
+                grad.copy_(torch.mm(exps.T, operand).mul_(scale).view_as(grad))
+        else:
+            assert targets is not None and weight is not None
+            head = Head(weight, bias, lora, epilogue)
+            _recompute(grads=small, scale=scale, hidden=hidden, y=targets - vocabulary_start, statistics=statistics,
+                       head=head, ops=_head_ops(backend))  # fmt: skip
+    return grads
+
+
+def _head_grad_outputs(
+    hidden: Tensor, vocabulary: int, rank: int, needs_weight: bool, needs_bias: bool, needs_lora: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty((vocabulary, hidden.shape[1] - rank) if needs_weight else (0,)),
+        hidden.new_empty(vocabulary if needs_bias else 0),
+        hidden.new_empty((vocabulary, rank) if needs_lora else (0,)),
+    )
+
+
+@_head_grads.register_fake
+def _(
+    grad_logps: Tensor, hidden: Tensor, statistics: Tensor, exps: Tensor | None, targets: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, lora: Tensor | None, rank: int, needs_weight: bool, needs_bias: bool,
+    needs_lora: bool, logit_scale: float, softcap: float | None, temperature: float, backend: str,
+    vocabulary_start: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    vocabulary = exps.shape[1] if exps is not None else weight.shape[0]  # type: ignore[union-attr]
+    return _head_grad_outputs(hidden, vocabulary, rank, needs_weight, needs_bias, needs_lora)
+
+
+def _recompute(
+    grads: list[tuple[Tensor, Tensor]],  # (V, k) or (V,) gradients, and their (N, k) small operands
     scale: Tensor,  # 0-d
-) -> tuple[Tensor | None, Tensor | None]:
-    """scale * `_head_grads` with E formed again, slice by slice of the vocabulary; chunks of tokens add up in fp32."""
-    d_head = None if small is None else torch.empty_like(head, memory_format=torch.contiguous_format)
-    d_bias = None if coefficient is None else hidden.new_empty(head.shape[0])
-    chunks = token_chunks(hidden.shape[0])
-    for part in vocabulary_slices(head.shape[0], chunks[0].stop if chunks else 1):
-        d_rows = torch.zeros(part.stop - part.start, head.shape[1], dtype=shift.dtype, device=head.device)
-        d_part = torch.zeros(part.stop - part.start, dtype=shift.dtype, device=head.device)
-        for chunk in chunks:
-            z, derivative = _tile_logits(widen(hidden[chunk]), head, bias, epilogue, part)
-            e = _shifted_exps(z, shift[chunk], targets[chunk], part)
-            e = e if derivative is None else e.mul_(derivative)
-            _put_at_targets(e, targets[chunk], part, target_entry[chunk])
-            operand = e.to(gradient_operand_dtype(hidden.dtype))
-            d_rows_chunk, d_part_chunk = _head_grads(
-                operand,
-                None if small is None else small[chunk],
-                None if coefficient is None else coefficient[chunk],
-            )
-            if d_rows_chunk is not None:
-                d_rows += d_rows_chunk
-            if d_part_chunk is not None:
-                d_part += d_part_chunk
-        if d_head is not None:
-            d_head[part] = d_rows.mul_(scale)
-        if d_bias is not None:
-            d_bias[part] = d_part.mul_(scale)
-    return d_head, d_bias
+    hidden: Tensor,  # (N, H + r)
+    y: Tensor,  # (N,)
+    statistics: Tensor,  # (3, N)
+    head: Head,
+    ops: ModuleType,
+) -> None:
+    """grad = scale * E^T operand with E formed again, slice by slice; chunks of tokens add up in fp32."""
+    size, (shift, _, target_entry) = tile_size(hidden.device), statistics
+    narrow = gradient_operand_dtype(hidden.dtype)
+    for columns in vocabulary_slices(head.size, min(hidden.shape[0], size.tokens), size):
+        width = columns.stop - columns.start
+        totals = [shift.new_zeros(width, operand.shape[1]) for _, operand in grads]
+        for group in token_chunks(hidden.shape[0], size.gradient_tokens):
+            exps = hidden.new_empty(group.stop - group.start, width, dtype=narrow)
+            for part in token_chunks(exps.shape[0], size.tokens):
+                at = slice(group.start + part.start, group.start + part.stop)
+                ops.exps_again(widen(hidden[at]), y[at], head, columns, shift[at], target_entry[at], exps[part])
+            for total, (_, operand) in zip(totals, grads, strict=True):
+                add_product_(total, exps.T, operand[group])
+        for total, (grad, _) in zip(totals, grads, strict=True):
+            grad[columns] = total.mul_(scale).view_as(grad[columns])
+
+
+def _head_ops(backend: str) -> ModuleType:
+    """The module whose functions take a chunk of tokens through the head."""
+    if backend == "torch":
+        return torch_head
+    from aspo_kernels import triton_head  # imports triton
+
+    return triton_head
 
 
 def _power_of_two_above(values: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""Matrix products for one tile of the head, and the epilogue that turns a tile of products into logits.
+"""One tile of the head: its matrix products, the epilogue that makes logits of them, and what a chunk of tokens
+carries from tile to tile.
 
-Axes: n tokens of a chunk, v vocabulary entries of a slice, H hidden.
+Axes: n tokens of a chunk, of which the first m get a gradient, v vocabulary entries of a slice, V vocabulary, H hidden.
 """
 
 from __future__ import annotations
@@ -9,14 +10,43 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Working memory: a tile of TOKENS x V' logits in fp32 takes TILE_BYTES, a few such buffers live at once, and they
-# should stay in a last-level cache. Measured in docs/performance.md.
-TOKENS = 2048
-TILE_BYTES = 8 * 2**20
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+class TileSize(NamedTuple):
+    """tokens: of a chunk. bytes: of a tile of fp32 logits. width: most vocabulary entries of a tile. gradient_tokens:
+    most tokens whose E of one slice exists at a time when the gradient of the head is recomputed."""
+
+    tokens: int
+    bytes: int
+    width: int
+    gradient_tokens: int
+
+
+# A few buffers of a tile's size live at once and should stay in the last-level cache; see docs/performance.md.
+CPU_TILE = TileSize(2048, 8 * 2**20, 2**31, 2048)
+GPU_TILE = TileSize(1024, 16 * 2**20, 8192, 8192)
+
+
+def tile_size(device: torch.device) -> TileSize:
+    """How the head is cut on this device."""
+    return CPU_TILE if device.type == "cpu" else GPU_TILE
+
+
+def token_chunks(tokens: int, step: int = CPU_TILE.tokens) -> list[slice]:
+    """Chunks of at most `step` tokens."""
+    return [slice(n, min(n + step, tokens)) for n in range(0, tokens, step)]
+
+
+def vocabulary_slices(vocabulary: int, tokens: int, size: TileSize = CPU_TILE) -> list[slice]:
+    """Slices of the vocabulary so that an fp32 tile of `tokens` rows takes about size.bytes."""
+    width = min(max(64, size.bytes // (4 * max(tokens, 1)) // 64 * 64), size.width)
+    return [slice(v, min(v + width, vocabulary)) for v in range(0, vocabulary, width)]
 
 
 @dataclass(frozen=True)
@@ -34,6 +64,10 @@ class Epilogue:
                 raise ValueError(f"{name} is {value}; it must be positive and finite")
         if not 0 < abs(self.logit_scale) < float("inf"):
             raise ValueError(f"logit_scale is {self.logit_scale}; it must be finite and not 0")
+
+    def derivative(self, z: Tensor) -> Tensor | None:
+        """The soft-cap's factor in dz / d(x W^T) at the logits z, or None where there is no cap."""
+        return None if self.softcap is None else 1 - (z * (self.temperature / self.softcap)) ** 2
 
     @property
     def slope(self) -> float:
@@ -54,6 +88,70 @@ class Epilogue:
         return derivative
 
 
+@dataclass(frozen=True)
+class Head:
+    """An output head, or one rank's part of it.
+
+    With LoRA on the head, `lora` is LoRA's B (V, r) and the hidden states have r more columns, scaling * x A^T:
+    z = [x, scaling x A^T] [W, B]^T, as two products, so that W is never copied.
+    """
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    lora: Tensor | None  # (V, r)
+    epilogue: Epilogue
+    sharded: bool = False  # whether this is one rank's part, which does not hold every target's row
+
+    @property
+    def size(self) -> int:
+        """V."""
+        return self.weight.shape[0]
+
+    def products(self, x: Tensor, part: slice) -> Tensor:
+        """x [W, B]^T of one slice of the vocabulary, before bias and epilogue.  (n, H + r) `widen`ed -> (n, v)."""
+        if self.lora is None:
+            return products(x, self.weight[part])
+        width = self.weight.shape[1]
+        return products(x[:, :width], self.weight[part]).add_(products(x[:, width:], self.lora[part]))
+
+    def pull_back_(self, total: Tensor, operand: Tensor, part: slice) -> None:
+        """total += operand [W, B] of one slice of the vocabulary.  (m, H + r), (m, v)."""
+        width = self.weight.shape[1]
+        add_product_(total[:, :width], operand, self.weight[part])
+        if self.lora is not None:
+            add_product_(total[:, width:], operand, self.lora[part])
+
+    def rows(self, y: Tensor) -> Tensor:
+        """[W, B][y], zeros where y lies in no row of this part of the head.  (n,) -> (n, H + r)."""
+        rows = self.entries(self.weight, y)
+        return rows if self.lora is None else torch.cat([rows, self.entries(self.lora, y)], 1)
+
+    def entries(self, table: Tensor, y: Tensor) -> Tensor:
+        """table[y], zeros where y lies in no row of this part of the head.  (V, ...), (n,) -> (n, ...)."""
+        if not self.sharded:
+            return table[y]
+        here = ((y >= 0) & (y < self.size)).view(-1, *[1] * (table.dim() - 1))
+        return torch.where(here, table[y.clamp(0, self.size - 1)], 0)
+
+
+@dataclass
+class Chunk:
+    """Some tokens on their way through the vocabulary, and what they carry from slice to slice.
+
+    E_v = exp(z_v - shift) for v != y. A raised shift rescales everything that was made with the old one.
+    """
+
+    x: Tensor  # (n, H)
+    y: Tensor  # (n,) targets as rows of this part of the head; outside [0, V) on ranks that do not hold them
+    z_y: Tensor  # (n,) the target's logit
+    shift: Tensor  # (n,)
+    total: Tensor  # (n,) S = sum_v E_v
+    weighted: Tensor | None = None  # (m, H) sum_v E_v d_v W[v], d the soft-cap's derivative
+    exps: Tensor | None = None  # (m, V) E d, kept for the backward
+    moment: Tensor | None = None  # (n,) sum_v E_v (z_v - shift), for the entropy
+    largest: Tensor | None = None  # (n,) max_v z_v, for the top-1 hit
+
+
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums and log-probabilities are fp32, and fp64 for fp64 inputs (which only tests have)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -64,20 +162,9 @@ def gradient_operand_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def vocabulary_slices(vocabulary: int, tokens: int) -> list[slice]:
-    """Slices of the vocabulary so that an fp32 tile of `tokens` rows takes about TILE_BYTES."""
-    width = max(64, TILE_BYTES // (4 * max(tokens, 1)) // 64 * 64)
-    return [slice(v, min(v + width, vocabulary)) for v in range(0, vocabulary, width)]
-
-
-def token_chunks(tokens: int) -> list[slice]:
-    """Chunks of at most TOKENS tokens."""
-    return [slice(n, min(n + TOKENS, tokens)) for n in range(0, tokens, TOKENS)]
-
-
 def widen(x: Tensor) -> Tensor:
-    """The left operand of `products`: fp32 where the device has no narrow product with an fp32 result (CPUs)."""
-    return x.float() if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x
+    """The left operand of `products`: fp32 where the device has no narrow product with an fp32 result."""
+    return x.float() if x.dtype in _NARROW and x.device.type != "cuda" else x
 
 
 def products(x: Tensor, w: Tensor) -> Tensor:
@@ -87,9 +174,19 @@ def products(x: Tensor, w: Tensor) -> Tensor:
         # an fp32 result: exact, and on the matrix units where the CPU has them. Only this slice of W is copied.
         with _bf16_operands():
             return torch.mm(x, w.T.float())
-    if w.dtype in (torch.bfloat16, torch.float16) and w.device.type == "cuda":
+    if x.dtype in _NARROW:
         return torch.mm(x, w.T, out_dtype=torch.float32)
     return matmul(x, w.to(x.dtype).T)
+
+
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, where total is fp32 and a and b may be narrow.  (m, n), (m, k), (k, n)."""
+    if a.dtype == b.dtype and a.dtype in _NARROW and a.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    elif a.device.type == "cuda":
+        total.addmm_(a, b.to(a.dtype))
+    else:
+        total += matmul(a, b.to(a.dtype))
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
