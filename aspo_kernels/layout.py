@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from itertools import zip_longest
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -21,6 +24,11 @@ class SentenceLayout:
     Made on the CPU, in the collator: the contents are checked there, so that nothing later has to wait for a device.
     A layout made from tensors that are already on an accelerator is checked for shapes and dtypes only; call
     `validate()` to check its contents too (that waits for the device).
+
+    Fixed capacity, for CUDA graphs: `padded_to(tokens=..., sentences=..., chosen_sentences=...)` has the same responses
+    in tensors of a fixed size, whose tail belongs to no response: no loss reads it, its tokens get gradient 0. Capture
+    with one such layout on the device, then `static.copy_(next_batch.padded_to(...))` and replay. N, S and S_chosen of
+    everything that goes with it (logps, similarity, sentence_weights) are then the capacities.
 
     Args:
         targets: (N,) int64, the counted tokens, response after response.
@@ -51,6 +59,8 @@ class SentenceLayout:
     empty_responses: tuple[tuple[int, int], ...] = field(init=False, default=())  # (item, role) of each empty one
     role_responses: tuple[Tensor | None, ...] = field(init=False, repr=False, default=())  # see with_role
     chosen_sentences: Tensor = field(init=False, repr=False)  # (S_chosen,) in packed order
+    chosen_starts: Tensor = field(init=False, repr=False)  # (B,) where each item's part of chosen_sentences begins
+    padded: bool = field(init=False, default=False)  # made by padded_to: there may be a tail
 
     def __post_init__(self) -> None:
         _check_shapes(self)
@@ -64,6 +74,8 @@ class SentenceLayout:
         in_item_order = [rows[torch.argsort(group[rows])] for rows in rows_of]
         one_per_item = [torch.equal(group[rows], torch.arange(num_items)) for rows in in_item_order]
         empty = torch.nonzero(lengths == 0).flatten().tolist()
+        chosen_before = torch.where(role == 0, lengths, 0).cumsum(0) - lengths  # at a chosen response
+        chosen_rows = in_item_order[0] if one_per_item and one_per_item[0] else role.new_empty(0)
         derived = {
             "num_items": num_items,
             "hidden_rows": int(self.hidden_index.max()) + 1 if self.num_tokens else 0,
@@ -72,18 +84,19 @@ class SentenceLayout:
                 rows.to(device) if one else None for rows, one in zip(in_item_order, one_per_item, strict=True)
             ),
             "chosen_sentences": torch.nonzero(torch.repeat_interleave(role == 0, lengths)).flatten().to(device),
+            "chosen_starts": chosen_before[chosen_rows].to(device),
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
 
     @property
     def num_tokens(self) -> int:
-        """N, counted tokens."""
+        """N, counted tokens (padded: the capacity)."""
         return self.targets.numel()
 
     @property
     def num_sentences(self) -> int:
-        """S, sentences of all responses."""
+        """S, sentences of all responses (padded: the capacity)."""
         return self.sentence_offsets.numel() - 1
 
     @property
@@ -95,6 +108,12 @@ class SentenceLayout:
     def response_token_offsets(self) -> Tensor:
         """(R+1,) offsets of responses over tokens."""
         return self.sentence_offsets[self.response_offsets]
+
+    def used_sizes(self) -> tuple[int, int, int]:
+        """How many tokens, sentences and chosen sentences belong to a response (waits for the device)."""
+        sentences = self.response_offsets[-1]
+        chosen = (self.chosen_sentences < sentences).sum()
+        return int(self.sentence_offsets[sentences]), int(sentences), int(chosen)
 
     def with_role(self, role: int) -> Tensor:
         """(B,) the response of each item that has `role`; every item must have exactly one."""
@@ -122,6 +141,76 @@ class SentenceLayout:
             object.__setattr__(moved, f.name, value)
         return moved
 
+    def padded_to(self, *, tokens: int, sentences: int, chosen_sentences: int) -> SentenceLayout:
+        """The same responses in tensors of fixed sizes: N, S and S_chosen become these capacities (see the class).
+
+        The tail's sentences are empty; its tokens have target 0 and rows that exist, spread out because the backward
+        of a gather adds up the tokens of one row one after the other. The tail of chosen_sentences names the last,
+        empty sentence.
+
+        Raises:
+            ValueError: a capacity is too small; or no sentence is left over for the tail of chosen_sentences.
+        """
+        for name, capacity, size in (
+            ("tokens", tokens, self.num_tokens),
+            ("sentences", sentences, self.num_sentences),
+            ("chosen_sentences", chosen_sentences, self.chosen_sentences.numel()),
+        ):
+            if capacity < size:
+                raise ValueError(f"{name} is {capacity} but this layout has {size}: choose a larger capacity")
+        if chosen_sentences > self.chosen_sentences.numel() and sentences == self.num_sentences:
+            raise ValueError(
+                f"sentences is {sentences}, all in use, but the tail of chosen_sentences needs an empty one: choose "
+                f"sentences >= {sentences + 1}"
+            )
+        spare = torch.arange(tokens - self.num_tokens, device=self.targets.device)
+        mask = self.perplexity_mask
+        changed = {
+            "targets": F.pad(self.targets, (0, spare.numel())),
+            "hidden_index": torch.cat([self.hidden_index, spare % max(self.hidden_rows, 1)]),
+            "sentence_offsets": torch.cat(
+                [self.sentence_offsets, self.sentence_offsets[-1:].expand(sentences - self.num_sentences)]
+            ),
+            "perplexity_mask": None if mask is None else F.pad(mask, (0, spare.numel())),
+            "chosen_sentences": F.pad(
+                self.chosen_sentences, (0, chosen_sentences - self.chosen_sentences.numel()), value=sentences - 1
+            ),
+            "padded": True,
+        }
+        padded = self._map(Tensor.clone)  # nothing shared: copy_ will write into it
+        for name, value in changed.items():
+            object.__setattr__(padded, name, value)
+        return padded
+
+    def copy_(self, other: SentenceLayout, non_blocking: bool = False) -> SentenceLayout:
+        """Overwrite this layout's tensors, in place, with another's of the same shapes: before a graph's replay.
+
+        Raises:
+            ValueError: a shape, padded_shape or the items' roles differ; `other` has an empty response, or rows of
+                hidden states beyond those of an unknown padded_shape. A replay would not notice.
+        """
+        other.require_nonempty()
+        pairs = []
+        for name, mine, its in (*_tensors(self, other), *_role_tensors(self, other)):
+            if (mine is None) != (its is None) or (mine is not None and mine.shape != its.shape):
+                sizes = ["absent" if t is None else tuple(t.shape) for t in (its, mine)]
+                raise ValueError(f"{name} is {sizes[0]} but {sizes[1]} in the layout to fill: use padded_to")
+            if mine is not None:
+                pairs.append((mine, its))
+        if other.padded_shape != self.padded_shape or other.num_items != self.num_items:
+            raise ValueError(
+                f"padded_shape {other.padded_shape} and {other.num_items} items do not fit {self.padded_shape} and "
+                f"{self.num_items} items of the layout to fill"
+            )
+        if self.padded_shape is None and other.hidden_rows > self.hidden_rows:
+            raise ValueError(
+                f"hidden_index reaches row {other.hidden_rows - 1} but the layout to fill has {self.hidden_rows} rows "
+                "and its padded_shape is unknown: fill the layout that reaches further, or pass padded_shape"
+            )
+        for mine, its in pairs:
+            mine.copy_(its, non_blocking=non_blocking)
+        return self
+
     def require_nonempty(self) -> None:
         """Raise ValueError naming the first pair with an empty response."""
         if self.empty_responses:
@@ -134,13 +223,18 @@ class SentenceLayout:
 
     def validate(self) -> None:
         """Check the contents (waits for the device if the layout is on one)."""
-        _check_offsets("sentence_offsets", self.sentence_offsets, self.num_tokens)
-        _check_offsets("response_offsets", self.response_offsets, self.num_sentences)
-        empty = torch.nonzero(self.sentence_offsets.diff() == 0).flatten()
+        num_tokens, num_sentences = self.num_tokens, self.num_sentences
+        if self.padded:
+            used = self.used_sizes()
+            num_tokens, num_sentences = min(num_tokens, used[0]), used[1]
+        _check_offsets("sentence_offsets", self.sentence_offsets, num_tokens)
+        _check_offsets("response_offsets", self.response_offsets, num_sentences)
+        empty = torch.nonzero(self.sentence_offsets[: num_sentences + 1].diff() == 0).flatten()
         if empty.numel():
             raise ValueError(f"sentence {int(empty[0])} has no token; every sentence needs at least one")
         if self.perplexity_mask is not None:
             counted = torch.segment_reduce(self.perplexity_mask.double(), "sum", offsets=self.sentence_offsets)
+            counted = counted[:num_sentences]
             if counted.numel() and float(counted.min()) == 0:
                 raise ValueError(f"perplexity_mask leaves no token of sentence {int(counted.argmin())}")
         for name in ("targets", "hidden_index", "group", "role"):
@@ -225,6 +319,18 @@ def _without_final_eos(
     longer_than_one = sentence_offsets[ends] - sentence_offsets[ends - 1] > 1
     mask[last_token[(targets[last_token] == eos_token_id) & longer_than_one]] = False
     return mask
+
+
+def _tensors(*layouts: SentenceLayout) -> list[tuple[Any, ...]]:
+    """(name, a layout's tensor, the other's) for every field that may hold one."""
+    names = [f.name for f in fields(SentenceLayout) if any(isinstance(getattr(x, f.name), Tensor) for x in layouts)]
+    return [(name, *(getattr(layout, name) for layout in layouts)) for name in names]
+
+
+def _role_tensors(*layouts: SentenceLayout) -> list[tuple[Any, ...]]:
+    """The same for role_responses."""
+    by_role = zip_longest(*(layout.role_responses for layout in layouts))
+    return [(f"the responses of role {role}", *rows) for role, rows in enumerate(by_role)]
 
 
 def _check_integer(**tensors: Tensor) -> None:

@@ -36,12 +36,14 @@ class Inputs:
 
     layout: the tokens' grouping. logps: (N,) policy log-probabilities, differentiable. ref_logps: (N,) the
     reference's, or None. similarity: (S_chosen,) raw cosine of each chosen sentence with the image, or None.
+    backend: "auto", "torch" or "triton", for the reductions and for ASPO's fused kernel.
     """
 
     layout: SentenceLayout
     logps: Tensor
     ref_logps: Tensor | None = None
     similarity: Tensor | None = None
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         num_tokens = self.layout.num_tokens
@@ -61,15 +63,22 @@ class Inputs:
                 f"the layout is on {self.layout.targets.device} but logps on {self.logps.device}: use layout.to(device)"
             )
         self.layout.require_nonempty()
-        for name, value, fix in (
-            ("similarity", self.similarity, "score that sentence again"),
-            ("ref_logps", self.ref_logps, "compute the reference's log-probabilities again"),
+        if self.logps.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_finite()  # elsewhere looking would wait for the device
+
+    def _check_finite(self) -> None:
+        tokens, _, chosen = self.layout.used_sizes()
+        for name, value, used, fix in (
+            ("similarity", self.similarity, chosen, "score that sentence again"),
+            ("ref_logps", self.ref_logps, tokens, "compute the reference's log-probabilities again"),
         ):
-            if value is None or value.device.type != "cpu":  # elsewhere looking would wait for the device
-                continue
-            bad = torch.nonzero(~torch.isfinite(value)).flatten()
-            if bad.numel():
-                raise ValueError(f"{name}[{int(bad[0])}] is {float(value[bad[0]])}; {fix}")
+            bad = () if value is None else torch.nonzero(~torch.isfinite(value[:used])).flatten().tolist()
+            if value is not None and bad:
+                raise ValueError(f"{name}[{bad[0]}] is {float(value[bad[0]])}; {fix}")
+
+    def sum_by(self, values: Tensor, offsets: Tensor) -> Tensor:
+        """`segments.segment_sum` on this batch's backend."""
+        return segment_sum(values, offsets, self.backend)
 
     @cached_property
     def token_logratios(self) -> Tensor:
@@ -81,17 +90,17 @@ class Inputs:
     @cached_property
     def sentence_logratios(self) -> Tensor:
         """(S,) h(s)."""
-        return segment_sum(self.token_logratios, self.layout.sentence_offsets)
+        return self.sum_by(self.token_logratios, self.layout.sentence_offsets)
 
     @cached_property
     def response_logratios(self) -> Tensor:
         """(R,) h(y)."""
-        return segment_sum(self.token_logratios, self.layout.response_token_offsets)
+        return self.sum_by(self.token_logratios, self.layout.response_token_offsets)
 
     @cached_property
     def response_logps(self) -> Tensor:
         """(R,) log pi(y)."""
-        return segment_sum(self.logps, self.layout.response_token_offsets)
+        return self.sum_by(self.logps, self.layout.response_token_offsets)
 
     @cached_property
     def lengths(self) -> Tensor:
