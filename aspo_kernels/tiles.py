@@ -144,12 +144,34 @@ class Chunk:
     x: Tensor  # (n, H)
     y: Tensor  # (n,) targets as rows of this part of the head; outside [0, V) on ranks that do not hold them
     z_y: Tensor  # (n,) the target's logit
-    shift: Tensor  # (n,)
-    total: Tensor  # (n,) S = sum_v E_v
+    sums: Tensor  # (2, n) shift and total, or (4, n) with moment and largest too
     weighted: Tensor | None = None  # (m, H) sum_v E_v d_v W[v], d the soft-cap's derivative
     exps: Tensor | None = None  # (m, V) E d, kept for the backward
-    moment: Tensor | None = None  # (n,) sum_v E_v (z_v - shift), for the entropy
-    largest: Tensor | None = None  # (n,) max_v z_v, for the top-1 hit
+
+    @property
+    def shift(self) -> Tensor:
+        """(n,)."""
+        return self.sums[0]
+
+    @property
+    def total(self) -> Tensor:
+        """(n,) S = sum_v E_v."""
+        return self.sums[1]
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether moment and largest are wanted."""
+        return self.sums.shape[0] == 4
+
+    @property
+    def moment(self) -> Tensor:
+        """(n,) sum_v E_v (z_v - shift), for the entropy."""
+        return self.sums[2]
+
+    @property
+    def largest(self) -> Tensor:
+        """(n,) max_v E_v, for the top-1 hit."""
+        return self.sums[3]
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -20,12 +20,17 @@ def operand_dtype(dtype: torch.dtype, kept: bool) -> torch.dtype:
     return gradient_operand_dtype(dtype)
 
 
-def start(x: Tensor, y: Tensor, head: Head) -> Chunk:
-    """The targets' logits, which are the first shift; 0 where another process holds them.  (n, H) `widen`ed, (n,)."""
+def start(x: Tensor, y: Tensor, head: Head, statistics: bool = False) -> Chunk:
+    """The targets' logits, which are the first shift; 0 where another process holds them.  (n, H) `widen`ed, (n,).
+
+    statistics: sum for entropy and top-1 hits too.
+    """
     dtype = statistics_dtype(x.dtype)
     z_y = (x.to(dtype) * head.rows(y).to(dtype)).sum(1)
     head.epilogue.apply_(z_y, None if head.bias is None else head.entries(head.bias, y).to(dtype))
-    return Chunk(x, y, z_y, z_y.clone(), torch.zeros_like(z_y))
+    sums = z_y.new_zeros(4 if statistics else 2, y.shape[0])
+    sums[0] = z_y
+    return Chunk(x, y, z_y, sums)
 
 
 def exps_tile(chunk: Chunk, head: Head, part: slice, operand_dtype: torch.dtype | None) -> Tensor | None:
@@ -43,9 +48,9 @@ def exps_tile(chunk: Chunk, head: Head, part: slice, operand_dtype: torch.dtype 
         again = _shifted_exps(z, largest, chunk.y[too_large], part)
         raise_shift(chunk, too_large, largest, part.start)
         e[too_large], sums[too_large] = again, again.sum(1)
-    chunk.total += sums
-    if chunk.moment is not None and chunk.largest is not None:
-        chunk.moment += torch.special.xlogy(e, e).sum(1)  # z - shift = log E
+    chunk.total.add_(sums)
+    if chunk.has_statistics:
+        chunk.moment.add_(torch.special.xlogy(e, e).sum(1))  # z - shift = log E
         torch.maximum(chunk.largest, e.amax(1), out=chunk.largest)
     if operand_dtype is None:
         return None
@@ -62,7 +67,7 @@ def raise_shift(chunk: Chunk, rows: Tensor, shift: Tensor, done: int) -> None:
     lower = chunk.shift[rows] - shift
     rescale = lower.exp()
     chunk.shift[rows] = shift
-    if chunk.moment is not None and chunk.largest is not None:
+    if chunk.has_statistics:
         chunk.moment[rows] = rescale * (chunk.moment[rows] + lower * chunk.total[rows])
         chunk.largest[rows] *= rescale
     chunk.total[rows] *= rescale

@@ -71,7 +71,7 @@ def merge_sums(chunk: Chunk, head: Head, raise_to: Callable[[Chunk, Head, Tensor
     shifts, totals = every.unbind(1)
     shift = shifts.amax(0)
     raise_to(chunk, head, shift)
-    chunk.total = (totals * (shifts - shift).exp()).sum(0)
+    chunk.total.copy_((totals * (shifts - shift).exp()).sum(0))
 
 
 def sum_over(tensor: Tensor, group: dist.ProcessGroup) -> dist.Work:
