@@ -18,7 +18,6 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +27,17 @@ from torch import Tensor
 from aspo_kernels.checks import check_positive
 from aspo_kernels.layout import SentenceLayout
 from aspo_kernels.segments import segment_sum
+
+
+def _once(function: Callable[[Any], Tensor]) -> Any:
+    """A property of Inputs that is computed once (functools.cached_property takes a lock: no torch.compile)."""
+
+    def get(self: Inputs) -> Tensor:
+        if function.__name__ not in self._known:
+            self._known[function.__name__] = function(self)
+        return self._known[function.__name__]
+
+    return property(get, doc=function.__doc__)
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class Inputs:
     ref_logps: Tensor | None = None
     similarity: Tensor | None = None
     backend: str = "auto"
+    _known: dict[str, Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)  # see _once
 
     def __post_init__(self) -> None:
         num_tokens = self.layout.num_tokens
@@ -80,29 +91,29 @@ class Inputs:
         """`segments.segment_sum` on this batch's backend."""
         return segment_sum(values, offsets, self.backend)
 
-    @cached_property
+    @_once
     def token_logratios(self) -> Tensor:
         """(N,) logp - ref_logp, subtracted per token before anything is summed: sums of each would round first."""
         if self.ref_logps is None:
             raise ValueError("this objective needs reference log-probabilities: pass ref_hidden or ref_logps")
         return self.logps - self.ref_logps.detach()
 
-    @cached_property
+    @_once
     def sentence_logratios(self) -> Tensor:
         """(S,) h(s)."""
         return self.sum_by(self.token_logratios, self.layout.sentence_offsets)
 
-    @cached_property
+    @_once
     def response_logratios(self) -> Tensor:
         """(R,) h(y)."""
         return self.sum_by(self.token_logratios, self.layout.response_token_offsets)
 
-    @cached_property
+    @_once
     def response_logps(self) -> Tensor:
         """(R,) log pi(y)."""
         return self.sum_by(self.logps, self.layout.response_token_offsets)
 
-    @cached_property
+    @_once
     def lengths(self) -> Tensor:
         """(R,) counted tokens of each response, in logps' dtype."""
         return self.layout.response_token_offsets.diff().to(self.logps.dtype)

@@ -46,6 +46,7 @@ def test_from_labels_by_hand():
     assert layout.group.tolist() == [0, 1, 0, 1]
     assert layout.role.tolist() == [0, 0, 1, 1]
     assert layout.chosen_sentences.tolist() == [0, 1, 2]
+    assert layout.chosen_starts.tolist() == [0, 2]
     assert (layout.num_tokens, layout.num_sentences, layout.num_responses, layout.num_items) == (11, 7, 4, 2)
     assert layout.hidden_rows == 23
     assert layout.with_role(0).tolist() == [0, 1]
@@ -159,6 +160,7 @@ def test_several_rejected_responses():
     assert layout.with_role(1).tolist() == [5, 0]
     assert layout.with_role(2).tolist() == [2, 4]
     assert layout.chosen_sentences.tolist() == [1, 3]
+    assert layout.chosen_starts.tolist() == [1, 0]  # item 0's chosen response is the later row
     with pytest.raises(ValueError, match="not every item has exactly one response of role 3"):
         layout.with_role(3)
 
@@ -274,3 +276,113 @@ def test_pin_memory():
     layout = make_ragged([[2], [3]], 5, 1).layout()
     assert layout.pin_memory().targets.is_pinned()
     assert torch.equal(layout.pin_memory().targets, layout.targets)
+
+
+# --- fixed capacity ---
+
+CAPACITY = {"tokens": 40, "sentences": 20, "chosen_sentences": 9}
+
+
+@given(ragged_batches(max_pairs=2))
+def test_padded_to_keeps_the_responses_and_adds_an_empty_tail(batch: Ragged):
+    layout = batch.layout()
+    padded = layout.padded_to(**CAPACITY)
+    padded.validate()
+    used = layout.num_tokens, layout.num_sentences, layout.chosen_sentences.numel()
+    assert (padded.num_tokens, padded.num_sentences, padded.chosen_sentences.numel()) == (40, 20, 9)
+    assert padded.used_sizes() == layout.used_sizes() == used
+    for name in ("targets", "hidden_index", "perplexity_mask"):
+        assert torch.equal(getattr(padded, name)[: used[0]], getattr(layout, name))
+    assert torch.equal(padded.sentence_offsets[: used[1] + 1], layout.sentence_offsets)
+    assert torch.equal(padded.chosen_sentences[: used[2]], layout.chosen_sentences)
+    for name in ("response_offsets", "response_token_offsets", "group", "role", "chosen_starts"):
+        assert torch.equal(getattr(padded, name), getattr(layout, name))
+    assert (padded.num_responses, padded.num_items) == (layout.num_responses, layout.num_items)
+    assert padded.padded_shape == layout.padded_shape
+    # the tail: no token in any sentence, a target and a row that exist, no row more often than it must be
+    assert not padded.sentence_offsets[used[1] :].diff().any()
+    assert not padded.targets[used[0] :].any()
+    assert not padded.perplexity_mask[used[0] :].any()
+    assert (padded.chosen_sentences[used[2] :] == 19).all()
+    tail = padded.hidden_index[used[0] :]
+    assert 0 <= int(tail.min()) <= int(tail.max()) < layout.hidden_rows
+    assert torch.bincount(tail).max() == -(-tail.numel() // layout.hidden_rows)
+    # larger still, moved, and nothing to pad
+    again = padded.padded_to(tokens=41, sentences=22, chosen_sentences=9).to("cpu")
+    again.validate()
+    assert again.used_sizes() == used
+    same = layout.padded_to(tokens=used[0], sentences=used[1], chosen_sentences=used[2])
+    assert all(torch.equal(same_value, value) for same_value, value in zip(tensors(same), tensors(layout), strict=True))
+
+
+def tensors(layout: SentenceLayout) -> list[torch.Tensor]:
+    values = [getattr(layout, f.name) for f in dataclasses.fields(layout)]
+    return [v for v in values if isinstance(v, torch.Tensor)] + [v for v in layout.role_responses if v is not None]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": 5}, "tokens is 5 but this layout has 6"),
+        ({"sentences": 2}, "sentences is 2 but this layout has 3"),
+        ({"chosen_sentences": 1}, "chosen_sentences is 1 but this layout has 2"),
+        ({"sentences": 3}, "sentences is 3, all in use.*choose sentences >= 4"),
+    ],
+)
+def test_padded_to_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_ragged([[2, 1], [3]], 5, 0).layout().padded_to(**{**CAPACITY, **changes})
+
+
+def test_validate_looks_at_the_tail():
+    padded = make_ragged([[2, 1], [3]], 5, 0).layout().padded_to(**CAPACITY)
+    padded.sentence_offsets[-1] += 1
+    with pytest.raises(ValueError, match="sentence_offsets must run from 0 to 6, got 0 to 7"):
+        padded.validate()
+    padded.sentence_offsets[3:] = 41
+    with pytest.raises(ValueError, match="sentence_offsets must run from 0 to 40, got 0 to 41"):
+        padded.validate()
+
+
+def two_batches() -> list[SentenceLayout]:
+    rows = [[[2, 1], [3, 3], [1], [2, 2]], [[4], [1, 1], [2], [5]]]
+    return [make_ragged(lengths, 5, 2, holes=False).layout() for lengths in rows]
+
+
+def test_copy_in_place():
+    first, second = (dataclasses.replace(x, padded_shape=(4, 9)) for x in two_batches())
+    untouched = [t.clone() for t in tensors(first)]
+    static = first.padded_to(**CAPACITY)
+    addresses = [t.data_ptr() for t in tensors(static)]
+    wanted = second.padded_to(**CAPACITY)
+    assert static.copy_(wanted) is static
+    assert [t.data_ptr() for t in tensors(static)] == addresses
+    assert all(torch.equal(a, b) for a, b in zip(tensors(static), tensors(wanted), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(first), untouched, strict=True)), "padded_to copies"
+    assert not set(addresses) & {t.data_ptr() for t in tensors(first)}
+    static.validate()
+    assert static.used_sizes() == second.used_sizes()
+
+
+def test_copy_in_place_errors():
+    first, second = (dataclasses.replace(x, padded_shape=(4, 9)) for x in two_batches())
+    static = first.padded_to(**CAPACITY)
+    with pytest.raises(ValueError, match=r"targets is \(13,\) but \(40,\) in the layout to fill: use padded_to"):
+        static.copy_(second)
+    unmasked = dataclasses.replace(second, perplexity_mask=None).padded_to(**CAPACITY)
+    with pytest.raises(ValueError, match=r"perplexity_mask is absent but \(40,\)"):
+        static.copy_(unmasked)
+    with pytest.raises(ValueError, match=r"padded_shape \(4, 8\) and 2 items do not fit \(4, 9\)"):
+        static.copy_(dataclasses.replace(second, padded_shape=(4, 8)).padded_to(**CAPACITY))
+    three = dataclasses.replace(second, role=torch.tensor([0, 0, 1, 2]), group=torch.tensor([0, 1, 0, 1]))
+    with pytest.raises(ValueError, match=r"the responses of role 1 is absent but \(2,\)"):
+        static.copy_(three.padded_to(**CAPACITY))
+    empty = make_ragged([[2, 1], [3, 3], [1], []], 5, 2).layout().padded_to(**CAPACITY)
+    with pytest.raises(ValueError, match="pair 1: its rejected response has no counted token"):
+        static.copy_(empty)
+    # without a padded shape nothing says how many rows the hidden states have
+    near = dataclasses.replace(first, padded_shape=None)
+    far = dataclasses.replace(second, padded_shape=None, hidden_index=second.hidden_index + 50)
+    with pytest.raises(ValueError, match=r"hidden_index reaches row .* but the layout to fill has"):
+        near.padded_to(**CAPACITY).copy_(far.padded_to(**CAPACITY))
+    far.padded_to(**CAPACITY).copy_(near.padded_to(**CAPACITY))
