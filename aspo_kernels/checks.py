@@ -23,8 +23,10 @@ def check_backend(backend: str, tensor: Tensor) -> str:
     if backend not in ("auto", "triton"):
         return backend
     obstacle = _no_triton(tensor.device.type, tensor.dtype)
-    if backend == "triton" and obstacle is not None:
-        raise ValueError(f"backend='triton' cannot run here: {obstacle}; use backend='auto' or 'torch'")
+    if backend == "triton":
+        if obstacle is not None:
+            raise ValueError(f"backend='triton' cannot run here: {obstacle}; use backend='auto' or 'torch'")
+        return "triton"
     # The interpreter is for tests: never chosen unasked.
     return "torch" if obstacle is not None or tensor.device.type == "cpu" else "triton"
 
