@@ -1,12 +1,15 @@
-"""Who is compared: each contender computes per-token log-probabilities of the same hidden states, head and targets.
+"""Who is compared, on the CPU and on GPUs: the same hidden states, head, targets and upstream gradient for all.
 
-A contender is `function(hidden, head, targets) -> (N,)`, differentiable. Liger's DPO loss has no per-token output; it
-gets the same tokens as one pair and is marked as such.
+A contender computes per-token log-probabilities, differentiable with any upstream gradient; or, where it has no
+per-token output, a whole loss of the same tokens, and is marked as such.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,26 +18,49 @@ from torch import Tensor
 
 import aspo_kernels
 from aspo import torchvision_cpu
+from aspo_kernels import tiles
+from aspo_kernels.checks import check_backend
+from benchmarks.cases import DTYPES, Inputs
 
 PerToken = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """name: as printed. per_token: the log-probabilities. loss: instead of it, a whole loss (no per-token output)."""
+    """name: as printed. per_token: (hidden, head, targets) -> (N,). loss: instead of it, a scalar of the inputs.
+
+    schedule: of `benchmarks.model`, without "frozen" or "trainable" where both are meant; None = not in the model.
+    weighted: the loss is sum_t upstream_t logp_t, so that its gradients are those of the others.
+    settings: what is in force during forward and backward.
+    """
 
     name: str
     per_token: PerToken | None = None
-    loss: PerToken | None = None
+    loss: Callable[[Inputs], Tensor] | None = None
+    schedule: str | None = None
+    ours: bool = False
+    weighted: bool = False
+    settings: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def step(self, hidden: Tensor, head: Tensor, targets: Tensor, upstream: Tensor) -> list[Tensor]:
-        """Forward and backward; returns the gradients of whatever requires one."""
-        inputs = [t for t in (hidden, head) if t.requires_grad]
-        if self.per_token is not None:
-            logps = self.per_token(hidden, head, targets)
-            return list(torch.autograd.grad(logps, inputs, upstream.to(logps.dtype)))
-        assert self.loss is not None
-        return list(torch.autograd.grad(self.loss(hidden, head, targets), inputs))
+    def step(self, inputs: Inputs) -> list[Tensor]:
+        """Forward and backward, and the reference's forward where there is one; returns the required gradients."""
+        with self.settings():
+            wanted = inputs.differentiable()
+            if self.per_token is None:
+                assert self.loss is not None
+                return list(torch.autograd.grad(self.loss(inputs), wanted))
+            logps = self.per_token(inputs.hidden, inputs.head, inputs.targets)
+            if inputs.ref_hidden is not None:
+                with torch.no_grad():
+                    self.per_token(inputs.ref_hidden, inputs.head, inputs.targets)
+            return list(torch.autograd.grad(logps, wanted, inputs.upstream.to(logps.dtype)))
+
+    def logps(self, inputs: Inputs) -> Tensor | None:
+        """The log-probabilities alone, (N,), or None where they do not come out."""
+        if self.per_token is None:
+            return None
+        with torch.no_grad(), self.settings():
+            return self.per_token(inputs.hidden.detach(), inputs.head.detach(), inputs.targets)
 
 
 def eager(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -42,17 +68,76 @@ def eager(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     return (hidden @ head.T).float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
 
-def ours(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """aspo_kernels.linear_logps."""
-    return aspo_kernels.linear_logps(hidden, head, targets)
+def ours(
+    name: str, schedule: str, budget: int | None = None, backend: str = "auto", candidate: str | None = None
+) -> Contender:
+    """aspo_kernels.linear_logps with one backend, memory budget and, for Triton, way of making a tile."""
+
+    def per_token(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        return aspo_kernels.linear_logps(hidden, head, targets, backend=backend, memory_budget=budget)
+
+    settings = functools.partial(triton_candidate, candidate) if candidate else nullcontext
+    return Contender(name, per_token, schedule=schedule, ours=True, settings=settings)
 
 
-def ours_recompute(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """aspo_kernels.linear_logps with no memory for stored exponentials."""
-    return aspo_kernels.linear_logps(hidden, head, targets, memory_budget=0)
+@contextmanager
+def triton_candidate(name: str) -> Iterator[None]:
+    """Both ways of making a tile on a GPU, "tile" and "fused", are compiled in; one switch chooses."""
+    module = importlib.import_module("aspo_kernels.triton_head")
+    before, module.CANDIDATE = module.CANDIDATE, name
+    try:
+        yield
+    finally:
+        module.CANDIDATE = before
 
 
-def _trl() -> Contender:
+@contextmanager
+def gpu_tile(size: tiles.TileSize) -> Iterator[None]:
+    """How the head is cut on a GPU, for sweeps."""
+    before, tiles.GPU_TILE = tiles.GPU_TILE, size
+    try:
+        yield
+    finally:
+        tiles.GPU_TILE = before
+
+
+def _no_triton(device: str, dtype: str) -> dict[str, str]:
+    """Why the Triton kernels do not run on this device: {} or {"aspo_kernels, triton": reason}."""
+    reason = None
+    if device == "cpu" and dtype == "bf16":
+        reason = "Triton's interpreter has no bf16 products"
+    try:
+        answers = check_backend("triton", torch.empty(0, dtype=DTYPES[dtype], device=device))
+        reason = reason if answers == "triton" else f"backend='triton' is answered by {answers!r} here"
+    except ValueError as error:
+        reason = str(error)
+    return {} if reason is None else {"aspo_kernels, triton": reason}
+
+
+def _ours(device: str, dtype: str, trainable: bool) -> tuple[list[Contender], dict[str, str]]:
+    """Each backend, each candidate, each schedule."""
+    schedules = {"stored": 2**62, "recompute": 0} if trainable else {"frozen": None}
+    missing = _no_triton(device, dtype)
+    ways = [("triton", c) for c in ("tile", "fused") if not missing] + [("torch", None)]
+    return [
+        ours(", ".join(filter(None, ("aspo_kernels", backend, way, schedule if trainable else ""))), schedule, budget,
+             backend, way)
+        for backend, way in ways
+        for schedule, budget in schedules.items()
+    ], missing  # fmt: skip
+
+
+def _compiled(device: str) -> list[Contender]:
+    if device == "cpu":
+        raise ImportError("timed on GPUs only: on a CPU its compilation takes longer than all else together")
+    import torch._dynamo
+
+    # One function, many shapes: past the default limit of 8 it would run uncompiled without a word.
+    torch._dynamo.config.recompile_limit = 64
+    return [Contender("torch.compile'd eager", torch.compile(eager))]
+
+
+def _trl(device: str) -> list[Contender]:
     torchvision_cpu.install()  # before transformers is imported
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
@@ -62,10 +147,10 @@ def _trl() -> Contender:
             hidden, head, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ()
         )[0]
 
-    return Contender("TRL ChunkedLogProbFunction", per_token)
+    return [Contender("TRL ChunkedLogProbFunction", per_token, schedule="TRL")]
 
 
-def _torch_linear_cross_entropy() -> Contender:
+def _torch_linear_cross_entropy(device: str) -> list[Contender]:
     if not hasattr(F, "linear_cross_entropy"):
         raise ImportError(f"torch {torch.__version__} has no linear_cross_entropy")
 
@@ -73,31 +158,117 @@ def _torch_linear_cross_entropy() -> Contender:
         options = torch.nn.LinearCrossEntropyOptions()
         return -F.linear_cross_entropy(hidden, head, targets, reduction="none", options=options)
 
-    return Contender("torch linear_cross_entropy", per_token)
+    return [Contender("torch linear_cross_entropy", per_token)]
 
 
-def _liger() -> Contender:
+def _liger_dpo(device: str) -> list[Contender]:
     torchvision_cpu.install()
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
-    function = LigerFusedLinearDPOLoss(compiled=False, use_ref_model=False)
+    compiled = device != "cpu"
+    function = {ref: LigerFusedLinearDPOLoss(compiled=compiled, use_ref_model=ref) for ref in (False, True)}
 
-    def loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        pair = (2, hidden.shape[0] // 2)
-        return function(head, hidden.view(*pair, -1), targets.view(*pair))[0]
+    def loss(inputs: Inputs) -> Tensor:
+        pair = (2, inputs.hidden.shape[0] // 2)
+        rows = [inputs.head, inputs.hidden.view(*pair, -1), inputs.targets.view(*pair)]
+        if inputs.ref_hidden is None:
+            return function[False](*rows)[0]
+        return function[True](*rows, ref_input=inputs.ref_hidden.view(*pair, -1), ref_weight=inputs.head.detach())[0]
 
-    return Contender("Liger FusedLinearDPOLoss (one pair, no per-token output)", loss=loss)
+    return [Contender("Liger FusedLinearDPOLoss (one pair, no per-token output)", loss=loss)]
 
 
-def load(trainable_head: bool = False) -> tuple[list[Contender], dict[str, str]]:
-    """All contenders that can run here, and for each that cannot the reason."""
-    found = [Contender("eager PyTorch", eager), Contender("aspo_kernels", ours)]
-    if trainable_head:
-        found.append(Contender("aspo_kernels, recompute", ours_recompute))
-    missing = {}
-    for make in (_trl, _torch_linear_cross_entropy, _liger):
+def _liger_cross_entropy(device: str) -> list[Contender]:
+    if device == "cpu":
+        raise ImportError("its kernels need a GPU")
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return [
+        Contender(
+            "Liger fused_linear_cross_entropy, reduction none",
+            lambda x, w, y: -liger_fused_linear_cross_entropy(x, w, y, reduction="none"),
+        ),
+        Contender(
+            "Liger FusedLinearScaledCrossEntropy",
+            lambda x, w, y: -LigerFusedLinearScaledCrossEntropyFunction.apply(x, w, y),
+        ),
+    ]
+
+
+def _cut_cross_entropy(device: str) -> list[Contender]:
+    from cut_cross_entropy import linear_cross_entropy
+
+    if device == "cpu":
+        raise ImportError("its kernels need a GPU")
+    return [
+        Contender(
+            f"cut-cross-entropy, {impl}",
+            lambda x, w, y, impl=impl: -linear_cross_entropy(x, w, y, reduction="none", impl=impl),
+        )
+        for impl in ("cce", "cce_exact")  # with its gradient filter, as users get it; and without
+    ]
+
+
+def _quack(device: str) -> list[Contender]:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy, linear_cross_entropy_func
+
+    if device == "cpu":
+        raise ImportError("its kernels need a GPU")
+
+    def weighted(inputs: Inputs) -> Tensor:
+        weights = -inputs.upstream  # must be known before the forward; refused by versions without token_weights
+        loss = chunked_linear_cross_entropy(
+            inputs.hidden, inputs.head, inputs.targets, reduction="sum", token_weights=weights
+        )
+        if inputs.ref_hidden is not None:
+            with torch.no_grad():
+                chunked_linear_cross_entropy(inputs.ref_hidden, inputs.head, inputs.targets, reduction="sum")
+        return loss
+
+    def per_token(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        return -linear_cross_entropy_func(hidden, head, None, targets, reduction="none")
+
+    return [
+        Contender("quack linear_cross_entropy, full logits", per_token),
+        Contender("quack chunked_linear_cross_entropy (weights known beforehand)", loss=weighted, weighted=True),
+    ]
+
+
+PEERS = {
+    "torch.compile": _compiled,
+    "trl": _trl,
+    "torch linear_cross_entropy": _torch_linear_cross_entropy,
+    "liger dpo": _liger_dpo,
+    "liger cross entropy": _liger_cross_entropy,
+    "cut-cross-entropy": _cut_cross_entropy,
+    "quack": _quack,
+}
+
+
+@functools.cache
+def _peers(device: str) -> tuple[list[Contender], dict[str, str]]:
+    found, missing = [], {}
+    for name, make in PEERS.items():
         try:
-            found.append(make())
-        except (ImportError, RuntimeError) as error:
-            missing[make.__name__.strip("_")] = str(error).splitlines()[0]
+            found += make(device)
+        except (ImportError, RuntimeError, AttributeError) as error:
+            missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     return found, missing
+
+
+def load(
+    trainable_head: bool = False, device: str | None = None, dtype: str = "bf16"
+) -> tuple[list[Contender], dict[str, str]]:
+    """All contenders that can run here, and for each that cannot the reason.
+
+    device None: the CPU, and ours as a user gets it, `backend="auto"`; else every backend and candidate of ours.
+    """
+    if device is None:
+        mine, missing = [ours("aspo_kernels", "stored" if trainable_head else "frozen")], {}
+        if trainable_head:
+            mine.append(ours("aspo_kernels, recompute", "recompute", budget=0))
+    else:
+        mine, missing = _ours(device, dtype, trainable_head)
+    peers, missing_peers = _peers(device or "cpu")
+    return [Contender("eager PyTorch", eager, schedule="eager"), *mine, *peers], missing | missing_peers

@@ -1,6 +1,6 @@
-"""Extra memory of one step: peak resident size of a fresh process over its inputs and outputs (Linux).
+"""Extra memory of one step over its inputs and outputs: a GPU's allocator knows; a CPU's is read off a fresh process.
 
-python -m benchmarks.memory --contender "aspo_kernels" --dtype bf16 --tokens 2048   prints one number, MiB
+python -m benchmarks.memory --contender "aspo_kernels" --dtype bf16 --tokens 2048   prints one number, MiB (Linux)
 """
 
 from __future__ import annotations
@@ -8,14 +8,26 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks.cases import Case
 from benchmarks.contenders import load
 
 MIB = 2**20
+
+
+def device_extra_mib(step: Callable[[], list[Tensor]]) -> tuple[list[Tensor], float]:
+    """A step's gradients, and the peak of allocated GPU memory during it less what was there before and they take."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    grads = step()
+    torch.cuda.synchronize()
+    return grads, (torch.cuda.max_memory_allocated() - before - _bytes(grads)) / MIB
 
 
 def extra_mib(contender_name: str, case: Case) -> float:
@@ -24,13 +36,16 @@ def extra_mib(contender_name: str, case: Case) -> float:
     contender = contenders[contender_name]
     # Load code and start threads on a small case first, so that only data is counted.
     small = Case(64, case.hidden, 512, case.dtype, trainable_head=case.trainable_head)
-    contender.step(*small.inputs())
+    contender.step(small.inputs())
     inputs = case.inputs()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present resident size
     before = _status_kib("VmHWM")
-    grads = contender.step(*inputs)
-    outputs = sum(g.numel() * g.element_size() for g in grads)
-    return (_status_kib("VmHWM") - before) * 1024 / MIB - outputs / MIB
+    grads = contender.step(inputs)
+    return (_status_kib("VmHWM") - before) * 1024 / MIB - _bytes(grads) / MIB
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def measure(contender_name: str, case: Case) -> float:

@@ -6,11 +6,11 @@ Small enough to repeat; the committed figures come from `python -m benchmarks.he
 from __future__ import annotations
 
 import pytest
-import torch
 
 from benchmarks.cases import Case
 from benchmarks.contenders import load
 from benchmarks.head import accuracy, truth_of
+from benchmarks.oracle import Answer
 
 CASES = [
     Case(512, 512, 8_000, dtype, logits, trainable)
@@ -24,7 +24,7 @@ CONTENDERS, MISSING = load(trainable_head=True)
 @pytest.fixture(
     scope="module", params=CASES, ids=lambda c: f"{c.dtype}-{c.logits}-{'trainable' if c.trainable_head else 'frozen'}"
 )
-def case(request: pytest.FixtureRequest) -> tuple[Case, tuple[torch.Tensor, list[torch.Tensor]]]:
+def case(request: pytest.FixtureRequest) -> tuple[Case, Answer]:
     return request.param, truth_of(request.param)
 
 
@@ -39,5 +39,4 @@ def test_step(benchmark, case, contender):
         grads = [errors["hidden_grad_error"]] + ([errors["head_grad_error"]] if case.trainable_head else [])
         assert max(grads) < (4e-3 if case.dtype == "bf16" else 2e-6)
     benchmark.extra_info |= errors
-    inputs = case.inputs()
-    benchmark(contender.step, *inputs)
+    benchmark(contender.step, case.inputs())

@@ -1,15 +1,21 @@
 """The benchmarks' own arithmetic: the model of the time by hand-worked numbers, what it claims and refuses."""
 
-import csv
+import itertools
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import model
-from benchmarks.cases import Case
+from aspo_kernels import reference
+from benchmarks import gpu, model, oracle, results, sanitize, suite
+from benchmarks.cases import HEADS, Case
+from benchmarks.contenders import Contender, load
 from benchmarks.model import DEVICES, Device, Plan
+from benchmarks.oracle import Sample
+from benchmarks.suite import Work
+from benchmarks.timing import Clock
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 H200 = Device("H200", bf16_tflops=790, fp32_tflops=67, tb_s=4.3, l2_mib=60)
 CASE = Case(8192, 4096, 151_936)  # 1u = 2 * 8192 * 4096 * 151,936 = 1.0196e13 FLOP = 12.9 ms at 790 TFLOP/s
 
@@ -63,8 +69,9 @@ def test_stored_exponentials_are_reported_apart() -> None:
 
 
 def test_eager_memory_is_what_was_measured() -> None:
-    lines = [line for line in (RESULTS / "head.csv").read_text().splitlines() if not line.startswith("#")]
-    rows = [r for r in csv.DictReader(lines) if r["contender"] == "eager PyTorch" and r["extra_mib"]]
+    rows = [
+        r for r in results.read(results.FOLDER / "head.csv")[1] if r["contender"] == "eager PyTorch" and r["extra_mib"]
+    ]
     assert len(rows) == 4
     for row in rows:
         case = Case(int(row["tokens"]), int(row["hidden"]), int(row["vocabulary"]), row["dtype"])
@@ -75,3 +82,110 @@ def test_eager_memory_is_what_was_measured() -> None:
 def test_unknown_schedule_is_refused() -> None:
     with pytest.raises(ValueError, match="'fused'"):
         model.stages("fused", CASE, H200)
+
+
+def tiny(**options: object) -> Case:
+    return Case(14, 12, 37, "fp32", trainable_head=True, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("logits", ["random", "peaked"])
+def test_the_suites_truth_is_the_oracles(logits: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oracle, "CHUNK_ENTRIES", 4 * 37)  # four tokens at a time, the last chunk of two
+    inputs = tiny(logits=logits).inputs()
+    sample = Sample.of(inputs, 5)
+    x, w = (t.detach().double().requires_grad_() for t in (inputs.hidden, inputs.head))
+    logps = reference.linear_logps(x, w, inputs.targets)
+    dx, dw = torch.autograd.grad(logps, (x, w), inputs.upstream.double())
+    found = oracle.answer(inputs, sample)
+    torch.testing.assert_close(found.logps, logps.detach())
+    torch.testing.assert_close(found.hidden_grad, dx[sample.tokens])
+    torch.testing.assert_close(found.head_grad, dw[sample.entries])
+    assert {0, 13} <= set(sample.tokens.tolist()) and {0, 36} <= set(sample.entries.tolist())
+
+
+def test_the_yardstick_is_eagers_own_rounding() -> None:
+    inputs = Case(24, 48, 301, "bf16", trainable_head=True).inputs()
+    sample = Sample.of(inputs)
+    eager = next(c for c in load(True)[0] if c.name == "eager PyTorch")
+    truth, like_eager = oracle.answer(inputs, sample), oracle.answer(inputs, sample, "eager")
+    theirs = oracle.errors(oracle.Answer(eager.logps(inputs), *eager.step(inputs)), truth)
+    for name, error in oracle.errors(like_eager, truth).items():
+        assert error == pytest.approx(theirs[name], rel=0.15), name
+    assert oracle.errors(oracle.answer(inputs, sample, "fp32 logits"), truth)["logps_error_nats"] < 2e-6
+
+
+def wrong(kind: str) -> Contender:
+    """Ours, spoilt."""
+
+    def per_token(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if kind == "crash":
+            raise RuntimeError("no such kernel\nand more")
+        z = hidden @ head.T
+        if kind == "gradient":
+            z = z.detach() + 1.01 * (z - z.detach())
+        if kind == "nan":
+            z = z * float("nan")
+        logps = z.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        return logps * (1 + 1e-4 * torch.rand(()) if kind == "random" else 1.0)
+
+    return Contender(kind, per_token, ours=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [("right", "ok"), ("gradient", "FAILED: hidden_grad_error"), ("random", "FAILED: two runs differ"),
+     ("nan", "FAILED: two runs differ; logps_error_nats nan"), ("crash", "FAILED")],
+)  # fmt: skip
+def test_a_wrong_result_of_ours_fails_the_suite(kind: str, says: str) -> None:
+    inputs = tiny().inputs()
+    sample = Sample.of(inputs)
+    truth = oracle.answer(inputs, sample)
+    plain, fp32 = (oracle.errors(oracle.answer(inputs, sample, how), truth) for how in ("eager", "fp32 logits"))
+    row = suite.check(wrong(kind), inputs, sample, truth, oracle.limits(14, plain, fp32, slack=2.0))
+    assert str(row["check"]).startswith(says), row
+    assert row["status"] == ("failed: RuntimeError: no such kernel" if kind == "crash" else "ran")
+
+
+def test_one_group_end_to_end_and_what_the_time_leaves_out(capsys: pytest.CaptureFixture[str]) -> None:
+    group = suite.Group("tiny", tiny(), (Work(trainable=True), Work(reference=True)))
+    bench = suite.Bench("cpu", Clock("cpu"), DEVICES["H100"], rounds=3, slack=2.0)
+    saved: list[int] = []
+    late = time.perf_counter() + 60
+    rows, left_out = gpu.run([group], bench, late, lambda rows, left_out: saved.append(len(rows)))
+    assert left_out == [] and saved == [len(rows)]
+    mine = [r for r in rows if r["contender"] == "aspo_kernels, torch, recompute"]
+    assert len(mine) == 1 and mine[0]["check"] == "ok" and mine[0]["identical"] is True
+    bare = {
+        r["contender"]: r["median_ms"]
+        for r in rows
+        if str(r["contender"]).startswith("bare") and r["head"] == "trainable"
+    }
+    expected = 2 * bare["bare z"] + bare["bare dX"] + bare["bare dW"]
+    assert mine[0]["floor_ms"] == pytest.approx(expected, abs=3e-4)
+    assert mine[0]["over_floor"] == pytest.approx(mine[0]["median_ms"] / expected, rel=2e-2)
+    table = gpu.summary(rows).splitlines()
+    assert len(table) == 3 and table[1].startswith("tiny 14 fp32 trainable policy |")
+    rows, left_out = gpu.run([group], bench, time.perf_counter() + 1, lambda rows, left_out: None)
+    assert rows == [] and left_out[1:] == ["tiny N 14 fp32 random frozen policy+reference: no time left"]
+
+
+def test_the_cases_are_the_ones_promised() -> None:
+    groups = gpu.all_groups()
+    bf16 = {(g.model, g.case.tokens) for g in groups if g.case.dtype == "bf16" and g.timed}
+    assert bf16 == set(itertools.product(HEADS, (512, 2048, 8192, 32_768)))
+    assert any(g.case.dtype == "fp32" for g in groups) and any(g.case.logits == "peaked" for g in groups)
+
+
+def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
+    rows = [{"a": 1, "b": "x: y"}, {"b": "z"}]
+    results.write(tmp_path / "new" / "x.csv", {"cpu": "a: b"}, rows, ("a", "b"))
+    header, back = results.read(tmp_path / "new" / "x.csv")
+    assert header == {"cpu": "a: b"} and back == [{"a": "1", "b": "x: y"}, {"a": "", "b": "z"}]
+
+
+def test_sanitizer_without_the_tool_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert sanitize.run() == 1
+    assert "not on the PATH" in capsys.readouterr().out

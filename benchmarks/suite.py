@@ -1,0 +1,192 @@
+"""One group of the GPU suite: inputs that several kinds of work share; every contender checked, then timed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from aspo_kernels import tiles
+from benchmarks import model, oracle
+from benchmarks.cases import Case, Inputs
+from benchmarks.contenders import Contender, load
+from benchmarks.memory import device_extra_mib
+from benchmarks.oracle import Answer, Sample
+from benchmarks.timing import Clock, interleaved
+
+SAMPLED = 512  # tokens and vocabulary entries whose gradients are compared
+SLICE = 16_384  # vocabulary entries of a bare product
+BARE = {"frozen": ("z", "dX"), "stored": ("z", "dX", "dW"), "recompute": ("z", "dX", "z", "dW")}
+
+FIELDS = ("model", "tokens", "hidden", "vocabulary", "dtype", "logits", "head", "work", "contender", "status",
+          "median_ms", "fastest_ms", "slowest_ms", "rounds", "floor_ms", "over_floor", "over_fp32_out_floor",
+          "predicted_ms", "over_predicted", "eager_over_this", "extra_mib", "predicted_extra_mib",
+          "logps_error_nats", "margin_error_nats", "hidden_grad_error", "head_grad_error", "identical",
+          "check")  # fmt: skip
+Row = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kind of work on a group's inputs: policy forward and backward, with or without a live reference."""
+
+    trainable: bool = False
+    reference: bool = False
+
+    def __str__(self) -> str:
+        return f"{'trainable' if self.trainable else 'frozen'} {'policy+reference' if self.reference else 'policy'}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """model: whose head it is. works: what is done with the inputs. timed: False = checked only."""
+
+    model: str
+    case: Case
+    works: tuple[Work, ...]
+    timed: bool = True
+
+    def label(self, work: Work) -> str:
+        case = self.case
+        return f"{self.model} N {case.tokens} {case.dtype} {case.logits} {work}"
+
+
+@dataclass
+class Bench:
+    """Where and how: device "cuda" or "cpu", its ceilings for the model (None = no predictions), rounds at most, slack
+    of the limits."""
+
+    device: str
+    clock: Clock
+    ceilings: model.Device | None
+    rounds: int = 15
+    slack: float = 1.0
+
+
+def measure(group: Group, works: Iterable[Work], bench: Bench, seconds: float) -> list[Row]:
+    """A row per contender and work. seconds: about how long the timing of one work may take."""
+    case = replace(group.case, reference=any(work.reference for work in group.works))
+    inputs = case.inputs(bench.device)
+    sample = Sample.of(inputs, SAMPLED)
+    truth = oracle.answer(inputs, sample)
+    eager, fp32 = (oracle.errors(oracle.answer(inputs, sample, how), truth) for how in ("eager", "fp32 logits"))
+    allowed = oracle.limits(case.tokens, eager, fp32, bench.slack)
+    rows: list[Row] = []
+    for work in works:
+        given = inputs.with_head(work.trainable)
+        given = given if work.reference else given._replace(ref_hidden=None)
+        contenders, _ = load(work.trainable, bench.device, case.dtype)
+        checked = {c.name: check(c, given, sample, truth, allowed) for c in contenders}
+        size = {name: getattr(case, name) for name in ("tokens", "hidden", "vocabulary", "dtype", "logits")}
+        same = {"model": group.model, **size, **dict(zip(("head", "work"), str(work).split(), strict=True))}
+        alive = [c for c in contenders if checked[c.name]["status"] == "ran"]
+        times = _times(alive, given, bench, seconds) if group.timed else {}
+        for c in contenders:
+            timed = _figures(c, case, work, times, bench) if c in alive and group.timed else {}
+            rows.append({**same, "contender": c.name, **checked[c.name], **timed})
+        for name in [n for n in times if n not in checked]:
+            rows.append({**same, "contender": name, "status": "ran", **_spread(times[name])})
+    return rows
+
+
+def check(contender: Contender, inputs: Inputs, sample: Sample, truth: Answer, allowed: dict[str, float]) -> Row:
+    """Run twice: errors against the truth, whether the two runs are bit-identical, memory of the second."""
+    try:
+        first, (grads, extra) = contender.step(inputs), _with_memory(lambda: contender.step(inputs), inputs)
+        identical = all(torch.equal(a, b) for a, b in zip(first, grads, strict=True))
+        del first
+        rows = [grads[0][sample.tokens], *(g[sample.entries] for g in grads[1:])]
+        comparable = contender.per_token is not None or contender.weighted
+        found = oracle.errors(Answer(contender.logps(inputs), *rows), truth) if comparable else {}
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return {"status": "out of memory", "check": "FAILED" if contender.ours else ""}
+    except Exception as error:  # a peer that cannot do this case is shown as such; the others go on
+        if inputs.hidden.is_cuda:
+            torch.cuda.synchronize()  # raises if the error has broken the device for everybody
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        return {"status": f"failed: {reason}", "check": "FAILED" if contender.ours else ""}
+    verdict = oracle.verdict(found, allowed) if comparable else "no per-token output"
+    if contender.ours and not identical:
+        verdict = f"two runs differ; {verdict}"
+    if contender.ours and verdict != "ok":
+        verdict = f"FAILED: {verdict}"
+    digits = {name: float(f"{value:.3g}") for name, value in found.items()}
+    return {"status": "ran", **extra, **digits, "identical": identical, "check": verdict}
+
+
+def _with_memory(step: Callable[[], list[torch.Tensor]], inputs: Inputs) -> tuple[list[torch.Tensor], Row]:
+    if not inputs.hidden.is_cuda:
+        return step(), {}
+    grads, extra = device_extra_mib(step)
+    return grads, {"extra_mib": round(extra, 1)}
+
+
+def bare_products(inputs: Inputs, wide: bool) -> dict[str, Callable[[], None]]:
+    """The head's three products alone, all tokens by SLICE entries at a time: 1u each. wide: with fp32 results.
+
+    dX and dW multiply a slice of real logits in the inputs' dtype, the same one for each slice of W.
+    """
+    x, w = inputs.hidden.detach(), inputs.head.detach()
+    parts = [slice(v, v + SLICE) for v in range(0, w.shape[0], SLICE)]
+    e = x @ w[parts[0]].T
+    options = {"out_dtype": torch.float32} if wide and x.dtype != torch.float32 else {}
+
+    def z() -> None:
+        for part in parts:
+            torch.mm(x, w[part].T, **options)
+
+    def dx() -> None:
+        for part in parts:
+            torch.mm(e[:, : w[part].shape[0]], w[part], **options)
+
+    def dw() -> None:
+        for part in parts:
+            torch.mm(e[:, : w[part].shape[0]].T, x, **options)
+
+    suffix = ", fp32 out" if wide else ""
+    return {f"bare {name}{suffix}": run for name, run in (("z", z), ("dX", dx), ("dW", dw))}
+
+
+def _times(contenders: list[Contender], inputs: Inputs, bench: Bench, seconds: float) -> dict[str, list[float]]:
+    runs: dict[str, Callable[[], object]] = {c.name: (lambda c=c: c.step(inputs)) for c in contenders}
+    bare = bare_products(inputs, wide=False)
+    if bench.device == "cuda" and inputs.hidden.dtype != torch.float32:
+        bare |= bare_products(inputs, wide=True)
+    for run in bare.values():
+        run()
+    return interleaved(runs | bare, bench.clock, bench.rounds, seconds, warm=True)
+
+
+def _spread(times: list[float]) -> Row:
+    median, low, high = (round(f(times), 4) for f in (statistics.median, min, max))
+    return {"median_ms": median, "fastest_ms": low, "slowest_ms": high, "rounds": len(times)}
+
+
+def _figures(contender: Contender, case: Case, work: Work, times: dict[str, list[float]], bench: Bench) -> Row:
+    """Time, and its ratios to the bare products, to the model's prediction and to eager."""
+    median = {name: statistics.median(values) for name, values in times.items()}
+    mine = median[contender.name]
+    own = contender.schedule in BARE
+    passes = BARE[contender.schedule if own else "stored" if work.trainable else "frozen"]
+    passes = (*passes, "z") if work.reference else passes
+    floor = sum(median[f"bare {name}"] for name in passes)
+    row = _spread(times[contender.name]) | {"floor_ms": round(floor, 4), "over_floor": round(mine / floor, 3)}
+    if f"bare {passes[0]}, fp32 out" in median:
+        row["over_fp32_out_floor"] = round(mine / sum(median[f"bare {name}, fp32 out"] for name in passes), 3)
+    if "eager PyTorch" in median:
+        row["eager_over_this"] = round(median["eager PyTorch"] / mine, 3)
+    if contender.schedule is not None and bench.ceilings is not None:
+        schedule = contender.schedule if own else f"{contender.schedule} {'trainable' if work.trainable else 'frozen'}"
+        size, fused = tiles.GPU_TILE, "fused" in contender.name
+        width = min(size.bytes // 4 // size.tokens, size.width)
+        plan = model.Plan("fused" if fused else "tile", size.tokens, width) if own else None
+        predicted = model.predict(schedule, case, bench.ceilings, plan, work.reference)
+        row |= {
+            "predicted_ms": round(predicted.predicted_ms, 4),
+            "over_predicted": round(mine / predicted.predicted_ms, 3),
+            "predicted_extra_mib": round(predicted.extra_bytes / 2**20, 1),
+        }
+    return row
