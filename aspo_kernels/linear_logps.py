@@ -44,7 +44,14 @@ from aspo_kernels.tiles import (
     vocabulary_slices,
     widen,
 )
-from aspo_kernels.vocabulary import VocabularyShard, merge_sums, share_targets, sum_over, vocabulary_group
+from aspo_kernels.vocabulary import (
+    VocabularyShard,
+    gather_if_frozen,
+    merge_sums,
+    share_targets,
+    sum_weighted,
+    vocabulary_group,
+)
 
 Lora = tuple[Tensor, Tensor, float]  # A (r, H), B (V, r), scaling
 
@@ -117,11 +124,14 @@ def policy_and_reference_logps(
         hidden, head = hidden.to(dtype), head.to(dtype)
         bias, ref_hidden = (t if t is None else t.to(dtype) for t in (bias, ref_hidden))
         lora = lora if lora is None else (lora[0].to(dtype), lora[1].to(dtype), lora[2])
+    head, bias = gather_if_frozen("head", head), gather_if_frozen("bias", bias)
+    if lora is not None:
+        lora = (gather_if_frozen("lora's A", lora[0]), gather_if_frozen("lora's B", lora[1]), lora[2])
+    if vocabulary is not None:
+        vocabulary.check(head, validate)
     check_head(hidden, head, bias)
     check_lora(hidden, head, lora)
     check_targets(targets, hidden.shape[0], vocabulary.size if vocabulary else head.shape[0], hidden.device, validate)
-    if vocabulary is not None:
-        vocabulary.check(head)
     if memory_budget is not None and memory_budget < 0:
         raise ValueError(f"memory_budget is {memory_budget} bytes; it must not be negative")
     backend = check_backend(backend, hidden)
@@ -210,14 +220,15 @@ def _linear_logps(
             ref_logps[part] = out[0, size:]
 
     with torch.autocast(hidden.device.type, enabled=False):
-        unfinished = None  # a chunk whose G is being summed over the processes while the next one is computed
+        before, before_part = None, slice(0)  # the last chunk: its G is summed over the processes meanwhile
         for part in token_chunks(hidden.shape[0], tile_size(hidden.device).tokens // (1 if ref_hidden is None else 2)):
             chunk = _start_chunk(hidden[part], None if ref_hidden is None else ref_hidden[part], y[part], head, ops)
             if row_grads:
                 chunk.weighted = chunk.z_y.new_zeros(part.stop - part.start, hidden.shape[1])
             chunk.exps = exps[part] if keep == "exps" else None
             if shard is not None:
-                share_targets(chunk, shard)
+                share_targets(chunk, shard)  # first, or it would wait behind the sum
+            reduction = sum_weighted(before, shard)
             operand_dtype = ops.operand_dtype(hidden.dtype, keep == "exps") if row_grads or keep == "exps" else None
             for columns in vocabulary_slices(head.size, chunk.y.shape[0], tile_size(hidden.device)):
                 operand = ops.exps_tile(chunk, head, columns, operand_dtype)
@@ -226,12 +237,11 @@ def _linear_logps(
             if shard is not None:
                 merge_sums(chunk, head, ops.raise_to, shard)
             ops.add_target_rows_(chunk, head)
-            reduction = None if shard is None or chunk.weighted is None else sum_over(chunk.weighted, shard)
-            if unfinished is not None:
-                finish(*unfinished)
-            unfinished = (chunk, part, reduction)
-        if unfinished is not None:
-            finish(*unfinished)
+            if before is not None:
+                finish(before, before_part, reduction)
+            before, before_part = chunk, part
+        if before is not None:
+            finish(before, before_part, sum_weighted(before, shard))
     return logps, ref_logps, row_grad, statistics, exps
 
 
