@@ -42,7 +42,6 @@ from aspo_kernels.tiles import (
     tile_size,
     token_chunks,
     vocabulary_slices,
-    widen,
 )
 from aspo_kernels.vocabulary import (
     VocabularyShard,
@@ -248,7 +247,7 @@ def _linear_logps(
 def _start_chunk(x: Tensor, ref_x: Tensor | None, y: Tensor, head: Head, ops: ModuleType) -> Chunk:
     if ref_x is not None:
         x, y = torch.cat([x, ref_x]), torch.cat([y, y])
-    return ops.start(widen(x), y, head)
+    return ops.start(x, y, head)
 
 
 def _outputs(
@@ -421,7 +420,7 @@ def _recompute(
             exps = hidden.new_empty(group.stop - group.start, width, dtype=narrow)
             for part in token_chunks(exps.shape[0], size.tokens):
                 at = slice(group.start + part.start, group.start + part.stop)
-                ops.exps_again(widen(hidden[at]), y[at], head, columns, shift[at], target_entry[at], exps[part])
+                ops.exps_again(hidden[at], y[at], head, columns, shift[at], target_entry[at], exps[part])
             for total, (_, operand) in zip(totals, grads, strict=True):
                 add_product_(total, exps.T, operand[group])
         for total, (grad, _) in zip(totals, grads, strict=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aspo_kernels.tiles import Chunk, Head, gradient_operand_dtype, statistics_dtype
+from aspo_kernels.tiles import Chunk, Head, gradient_operand_dtype, statistics_dtype, widen
 
 # exp(40): a row whose sum passes this raises its shift. Far inside fp32, and 1 / S stays far above its smallest normal
 # number, so that the products of the dW pass do not flush to zero.
@@ -21,11 +21,11 @@ def operand_dtype(dtype: torch.dtype, kept: bool) -> torch.dtype:
 
 
 def start(x: Tensor, y: Tensor, head: Head, statistics: bool = False) -> Chunk:
-    """The targets' logits, which are the first shift; 0 where another process holds them.  (n, H) `widen`ed, (n,).
+    """The targets' logits, which are the first shift; 0 where another process holds them.  (n, H), (n,).
 
     statistics: sum for entropy and top-1 hits too.
     """
-    dtype = statistics_dtype(x.dtype)
+    x, dtype = widen(x), statistics_dtype(x.dtype)
     z_y = (x.to(dtype) * head.rows(y).to(dtype)).sum(1)
     head.epilogue.apply_(z_y, None if head.bias is None else head.entries(head.bias, y).to(dtype))
     sums = z_y.new_zeros(4 if statistics else 2, y.shape[0])
@@ -118,7 +118,7 @@ def _target_entry(chunk: Chunk, head: Head) -> Tensor:
 
 
 def exps_again(
-    x: Tensor,  # (n, H) `widen`ed
+    x: Tensor,  # (n, H)
     y: Tensor,  # (n,)
     head: Head,
     part: slice,
@@ -127,7 +127,7 @@ def exps_again(
     out: Tensor,  # (n, v)
 ) -> None:
     """E d of one slice once more, with the targets' entries in place."""
-    z, derivative = _tile_logits(x, head, part)
+    z, derivative = _tile_logits(widen(x), head, part)
     e = _shifted_exps(z, shift, y, part)
     e = e if derivative is None else e.mul_(derivative)
     out.copy_(_put_at_targets(e, y, part, target_entry))

@@ -12,7 +12,7 @@ from problems import EPILOGUES, SCHEDULES, Problem, check
 from aspo_kernels import linear_logps, tiles
 
 pytest.importorskip("triton")
-from aspo_kernels import triton_head
+from aspo_kernels import triton_fused, triton_head
 
 # The interpreter's bf16 products are wrong; a GPU's are not.
 DTYPES = [
@@ -30,7 +30,7 @@ def candidate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(tiles, "GPU_TILE", small)
     monkeypatch.setattr(triton_head, "CANDIDATE", request.param)
     if not torch.cuda.is_available():  # several blocks a tile, at a size that the interpreter can run
-        monkeypatch.setattr(triton_head, "fused_blocks", lambda dtype: triton_head.Blocks(16, 32, 16, 1, 1))
+        monkeypatch.setattr(triton_fused, "fused_blocks", lambda dtype: triton_fused.Blocks(16, 32, 16, 1, 1))
     return request.param
 
 
@@ -38,7 +38,7 @@ def candidate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_matches_the_oracle(schedule, dtype, device):
-    check(Problem(19, 150, 24, dtype), schedule, backend="triton", device=device)
+    check(Problem(18, 100, 24, dtype), schedule, backend="triton", device=device)
 
 
 @pytest.mark.usefixtures("candidate", "poison")
@@ -64,14 +64,14 @@ def test_no_tokens(device):
 
 @pytest.mark.usefixtures("candidate", "poison")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("nll", [60.0, 88.0, 200.0])
-@pytest.mark.parametrize("rival", [0, 70, 149], ids=["first slice", "second", "last"])
+@pytest.mark.parametrize("nll", [60.0, 200.0])
+@pytest.mark.parametrize("rival", [0, 149], ids=["first slice", "last"])
 @pytest.mark.parametrize("schedule", ["frozen", "stored", "recompute"])
 def test_very_unlikely_targets(schedule, rival, nll, dtype, device):
     """A rival `nll` above the target, in any slice, raises the shift of its row, and of no other."""
-    problem = Problem(18, 150, 32, dtype, spread=1.0, bias=False)
+    problem = Problem(7, 150, 32, dtype, spread=1.0, bias=False)
     problem.targets[:] = 75
-    raised = torch.arange(0, 18, 3)
+    raised = torch.arange(0, 7, 3)
     direction = problem.head[rival].double() - problem.head[75].double()
     row = problem.hidden[raised].double()
     missing = nll - row @ direction
@@ -84,7 +84,7 @@ def test_very_unlikely_targets(schedule, rival, nll, dtype, device):
 @pytest.mark.parametrize("schedule", ["frozen", "stored", "recompute"])
 def test_the_shift_is_raised_more_than_once(schedule, device):
     """Logits that climb by 40 from slice to slice, targets everywhere."""
-    n, v = 12, 300
+    n, v = 6, 300
     problem = Problem(n, v, 4, torch.float32, bias=False)
     problem.hidden[:] = torch.tensor([1.0, 0.0, 0.1, 0.0])
     problem.head[:, 0] = torch.arange(v) * (40 / 64)
@@ -96,7 +96,7 @@ def test_the_shift_is_raised_more_than_once(schedule, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("schedule", ["frozen", "stored", "recompute"])
 def test_logits_of_ten_thousand_and_ties(schedule, dtype, device):
-    problem = Problem(16, 130, 8, dtype, bias=False)
+    problem = Problem(9, 130, 8, dtype, bias=False)
     problem.hidden.zero_()
     problem.hidden[:, 0] = 100.0
     problem.head[:, 0] = 0.0
@@ -141,7 +141,7 @@ def test_non_contiguous_operands(schedule, device):
 @pytest.mark.usefixtures("candidate", "poison")
 @pytest.mark.parametrize("schedule", ["frozen", "stored", "recompute"])
 def test_two_runs_give_the_same_bits(schedule, device):
-    problem = Problem(19, 150, 24, torch.float32)
+    problem = Problem(18, 100, 24, torch.float32)
     needs, budget = SCHEDULES[schedule]
     options = {"needs": needs, "memory_budget": budget, "backend": "triton", "device": device}
     first, second = (problem.run(linear_logps, **options) for _ in range(2))

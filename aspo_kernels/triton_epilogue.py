@@ -1,0 +1,55 @@
+"""What the head's Triton kernels share: the epilogue, a raised shift, and the entry that stands for the target."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from aspo_kernels.tiles import Epilogue
+
+# A logit this far above its row's shift raises the shift: E = exp(z - shift) then stays within exp(30), and within
+# exp(9) where E is rounded to fp16, which ends at 65504.
+MAX_LEAD = 30.0
+MAX_LEAD_FP16 = 9.0
+
+
+def max_lead(dtype: torch.dtype) -> float:
+    """How far above its row's shift a logit may lie before the shift is raised, for E in `dtype`."""
+    return MAX_LEAD_FP16 if dtype == torch.float16 else MAX_LEAD
+
+
+def scalars(epilogue: Epilogue) -> tuple[float, float, float]:
+    """logit_scale, softcap (any number where there is none), temperature, as the kernels take them."""
+    return epilogue.logit_scale, 1.0 if epilogue.softcap is None else epilogue.softcap, epilogue.temperature
+
+
+@triton.jit
+def logits(z, bias, logit_scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
+    """The epilogue: logits of products, and the soft-cap's derivative (1 without a cap)."""
+    z = (z + bias) * logit_scale
+    derivative = 1.0
+    if HAS_SOFTCAP:
+        tanh = 1 - 2 / (tl.exp(2 * z / softcap) + 1)  # where exp overflows, tanh is 1, as it should be
+        z = softcap * tanh
+        derivative = 1 - tanh * tanh
+    return z / temperature, derivative
+
+
+@triton.jit
+def target_entry(total, z_y, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
+    """What stands for the target in E d: -S d_y."""
+    entry = -total
+    if HAS_SOFTCAP:
+        tanh = z_y * temperature / softcap
+        entry *= 1 - tanh * tanh
+    return entry
+
+
+@triton.jit
+def rescale_row(ptr, factor, size, BLOCK: tl.constexpr):
+    """`size` numbers from ptr on, times factor."""
+    for first in range(0, size, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        value = tl.load(ptr + offs, mask=offs < size, other=0.0).to(tl.float32)
+        tl.store(ptr + offs, (value * factor).to(ptr.dtype.element_ty), mask=offs < size)
