@@ -252,7 +252,7 @@ def _peers(device: str) -> tuple[list[Contender], dict[str, str]]:
     for name, make in PEERS.items():
         try:
             found += make(device)
-        except (ImportError, RuntimeError, AttributeError) as error:
+        except Exception as error:  # whatever a package's import dies of here, it is that peer's row and nothing else
             missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     return found, missing
 
