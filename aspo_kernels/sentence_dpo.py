@@ -16,9 +16,11 @@ from aspo_kernels.aspo import aspo
 from aspo_kernels.aspo import check_options as check_aspo_options
 from aspo_kernels.checks import check_head
 from aspo_kernels.layout import SentenceLayout
-from aspo_kernels.linear_logps import linear_logps
+from aspo_kernels.linear_logps import Lora, policy_and_reference_logps
 from aspo_kernels.objectives import Inputs
+from aspo_kernels.tiles import Epilogue
 from aspo_kernels.token_logps import gathered_token_logps
+from aspo_kernels.vocabulary import VocabularyShard
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -61,6 +63,8 @@ def sentence_dpo_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    lora: Lora | None = None,
+    vocabulary: VocabularyShard | None = None,
     reduction: str = "mean",
     backend: str = "auto",
     memory_budget: int | None = None,
@@ -73,7 +77,8 @@ def sentence_dpo_loss(
         head: (V, H) output embedding.
         layout: which tokens count and how they group; on hidden's device.
         ref_hidden, ref_head, ref_bias: the reference's hidden states (shaped like `hidden`) and its head, by default
-            the policy's; no gradient ever reaches them. Or
+            the policy's without its LoRA; no gradient ever reaches them. Where the heads are the same, each slice of
+            it is read once for both. Or
         ref_logps: (N,) fp32, the reference's log-probabilities from a cache.
         similarity: (S_chosen,) raw cosine of each chosen sentence with the image, row after row; None = ASPO-P,
             whatever alpha is.
@@ -81,7 +86,8 @@ def sentence_dpo_loss(
         normalizer: R_c / R_c*: "sentence" K / sum(1 + w), "token", "none", or "reward".
         perplexity: whose perplexity weighs, "policy" (this step's forward) or "reference".
         perplexity_scale: "ppl" or "nll" (one outlier flattens "ppl" scores).
-        bias, logit_scale, softcap, temperature, backend, memory_budget, validate: as in `linear_logps`.
+        bias, logit_scale, softcap, temperature, lora, vocabulary, backend, memory_budget, validate: as in
+            `linear_logps`.
         reduction: over pairs, "mean", "sum" or "none" -> (B,).
 
     Raises:
@@ -96,25 +102,28 @@ def sentence_dpo_loss(
         raise ValueError("ref_head and ref_bias belong to ref_hidden; with ref_logps leave them out")
     if validate:
         layout.validate()
-    head_options: dict[str, Any] = {
-        "logit_scale": logit_scale,
-        "softcap": softcap,
-        "temperature": temperature,
-        "backend": backend,
-        "memory_budget": memory_budget,
-        "validate": validate,
-    }
-    logps = linear_logps(gather_hidden(hidden, layout), head, layout.targets, bias=bias, **head_options)
-    if ref_hidden is not None:
+    same_head = ref_head is None and (ref_bias is None or ref_bias is bias) and lora is None
+    rows = gather_hidden(hidden, layout)
+    ref_rows = None if ref_hidden is None else gather_hidden(ref_hidden.detach(), layout, "ref_hidden")
+    if ref_rows is not None and not torch.is_autocast_enabled(hidden.device.type):  # which makes them alike
+        check_head(ref_rows, head if ref_head is None else ref_head, ref_bias, "ref_hidden")
+    epilogue = Epilogue(logit_scale, softcap, temperature)
+    logps, stacked_ref_logps = policy_and_reference_logps(
+        rows, ref_rows if same_head else None, head, layout.targets, bias, epilogue, lora, vocabulary, backend,
+        memory_budget, validate,
+    )  # fmt: skip
+    if same_head and ref_rows is not None:
+        ref_logps = stacked_ref_logps
+    elif ref_rows is not None:
         if ref_head is None:
             ref_head, ref_bias = head, bias if ref_bias is None else ref_bias
         with torch.no_grad():
-            ref_rows = gather_hidden(ref_hidden, layout, "ref_hidden")
-            if not torch.is_autocast_enabled(ref_rows.device.type):  # which makes them alike
-                check_head(ref_rows, ref_head, ref_bias, "ref_hidden")
-            ref_logps = linear_logps(ref_rows, ref_head, layout.targets, bias=ref_bias, **head_options)
+            ref_logps, _ = policy_and_reference_logps(
+                ref_rows, None, ref_head, layout.targets, ref_bias, epilogue, None, vocabulary, backend,
+                memory_budget, validate,
+            )  # fmt: skip
     return _loss(
-        layout, logps, ref_logps, similarity, reduction, beta=beta, alpha=alpha, normalizer=normalizer,
+        layout, logps, ref_logps, similarity, reduction, backend, beta=beta, alpha=alpha, normalizer=normalizer,
         perplexity=perplexity, perplexity_scale=perplexity_scale,
     )  # fmt: skip
 
@@ -133,25 +142,30 @@ def sentence_dpo_loss_from_logits(
     perplexity_scale: str = "ppl",
     temperature: float = 1.0,
     reduction: str = "mean",
+    inplace_backward: bool = False,
+    backend: str = "auto",
     validate: bool = False,
 ) -> SentenceDPOOutput:
     """`sentence_dpo_loss` for a trainer that has logits already: logits and ref_logits are (R, T, V).
 
-    The other arguments, the result and the errors are `sentence_dpo_loss`'s.
+    inplace_backward: the backward writes the gradient over the logits, see `token_logps`. The other arguments, the
+    result and the errors are `sentence_dpo_loss`'s.
     """
     _check_call(reduction, (ref_logits is None) == (ref_logps is None), "ref_logits or ref_logps", layout)
     check_aspo_options(beta, alpha, normalizer, perplexity, perplexity_scale)
     if validate:
         layout.validate()
+    rows, targets = layout.hidden_index, layout.targets
+    _check_logits(logits, layout)
     logps = gathered_token_logps(
-        _flat_logits(logits, layout), layout.hidden_index, layout.targets, temperature, validate
+        logits, rows, targets, temperature, validate, inplace_backward=inplace_backward, backend=backend
     )
     if ref_logits is not None:
+        _check_logits(ref_logits, layout, "ref_logits")
         with torch.no_grad():
-            ref_flat = _flat_logits(ref_logits, layout, "ref_logits")
-            ref_logps = gathered_token_logps(ref_flat, layout.hidden_index, layout.targets, temperature)
+            ref_logps = gathered_token_logps(ref_logits, rows, targets, temperature, backend=backend)
     return _loss(
-        layout, logps, ref_logps, similarity, reduction, beta=beta, alpha=alpha, normalizer=normalizer,
+        layout, logps, ref_logps, similarity, reduction, backend, beta=beta, alpha=alpha, normalizer=normalizer,
         perplexity=perplexity, perplexity_scale=perplexity_scale,
     )  # fmt: skip
 
@@ -176,7 +190,7 @@ def gather_hidden(hidden: Tensor, layout: SentenceLayout, name: str = "hidden") 
     return hidden.flatten(0, 1)[layout.hidden_index]
 
 
-def _flat_logits(logits: Tensor, layout: SentenceLayout, name: str = "logits") -> Tensor:
+def _check_logits(logits: Tensor, layout: SentenceLayout, name: str = "logits") -> None:
     if logits.dim() != 3 or not logits.is_floating_point() or logits.shape[0] * logits.shape[1] < layout.hidden_rows:
         raise ValueError(
             f"{name} must be floating point (R, T, V) with at least {layout.hidden_rows} rows in all; got "
@@ -187,7 +201,6 @@ def _flat_logits(logits: Tensor, layout: SentenceLayout, name: str = "logits") -
             f"the layout is on {layout.targets.device} but {name} on {logits.device}: use layout.to(device)"
         )
     _check_padded_shape(logits, layout, name)
-    return logits.flatten(0, 1)
 
 
 def _check_padded_shape(padded: Tensor, layout: SentenceLayout, name: str) -> None:
@@ -213,9 +226,10 @@ def _loss(
     ref_logps: Tensor | None,
     similarity: Tensor | None,
     reduction: str,
+    backend: str,
     **options: Any,
 ) -> SentenceDPOOutput:
-    inputs = Inputs(layout, logps, ref_logps, similarity)
+    inputs = Inputs(layout, logps, ref_logps, similarity, backend)
     if layout.num_items == 0:
         zero = logps.sum()  # of no tokens: a zero that the backward can start from
         none = logps.detach()

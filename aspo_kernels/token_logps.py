@@ -74,8 +74,7 @@ def gathered_token_logps(
     if not shaped or not logits.is_floating_point() or logits.shape[-1] == 0:
         raise ValueError(f"logits must be floating point (N, V) with V > 0, got {logits.dtype} {tuple(logits.shape)}")
     check_positive("temperature", temperature)
-    chosen = check_backend(backend, logits)
-    backend = "triton" if backend == "triton" else chosen  # asked for and let through: interpreted on the CPU
+    backend = check_backend(backend, logits)
     size = logits.shape[:-1].numel() if rows is None else rows.numel()
     check_targets(targets, size, logits.shape[-1], logits.device, validate)
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
