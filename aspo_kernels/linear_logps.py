@@ -123,11 +123,11 @@ def policy_and_reference_logps(
         hidden, head = hidden.to(dtype), head.to(dtype)
         bias, ref_hidden = (t if t is None else t.to(dtype) for t in (bias, ref_hidden))
         lora = lora if lora is None else (lora[0].to(dtype), lora[1].to(dtype), lora[2])
+    if vocabulary is not None:
+        vocabulary.check(head, validate)
     head, bias = gather_if_frozen("head", head), gather_if_frozen("bias", bias)
     if lora is not None:
         lora = (gather_if_frozen("lora's A", lora[0]), gather_if_frozen("lora's B", lora[1]), lora[2])
-    if vocabulary is not None:
-        vocabulary.check(head, validate)
     check_head(hidden, head, bias)
     check_lora(hidden, head, lora)
     check_targets(targets, hidden.shape[0], vocabulary.size if vocabulary else head.shape[0], hidden.device, validate)

@@ -74,6 +74,8 @@ class VocabularyShard:
     def check(self, head: Tensor, validate: bool = False) -> None:
         """Raise ValueError unless `head` has this shard's rows; with `validate` also, in all processes alike, unless
         their shards make up the whole vocabulary."""
+        if is_sharded(head):
+            raise ValueError("head is a DTensor: with a VocabularyShard pass its rows (VocabularyShard.of gives both)")
         mine = (self.start, self.stop, self.size, head.shape[0])
         shards: list[Any] = [mine]
         if validate:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -185,7 +186,7 @@ def test_every_process_raises_its_own_shift(ranks, schedule):
     problem = Problem(20, 150, 8, torch.float32, bias=False)
     cuts = CUTS[ranks.size]["even"]
     problem.hidden[:, 0] = 4.0
-    for k, (start, stop) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+    for k, (start, stop) in enumerate(pairwise(cuts)):
         problem.head[start:stop, 0] = 15.0 * k
         problem.head[stop - 1, 0] = 15.0 * (k + 1)  # so that the next process's are no higher
     assert problem.oracle()[0].min() < -60 * (ranks.size - 1)
