@@ -58,17 +58,20 @@ class GpuTensor(Tensor):
     @staticmethod
     def __new__(cls: type[GpuTensor], meta: Tensor) -> GpuTensor:
         sizes, strides, offset = meta.shape, meta.stride(), meta.storage_offset()
-        self = Tensor._make_wrapper_subclass(cls, sizes, strides, offset, dtype=meta.dtype, device="cpu")
+        cpu = torch.device("cpu")
+        self = Tensor._make_wrapper_subclass(cls, sizes, strides, offset, dtype=meta.dtype, device=cpu)
         self.meta = meta
         return self
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         with _Gpu():
             return func(*args, **(kwargs or {}))
 
     def data_ptr(self) -> int:
-        return self.storage_offset() * self.element_size()  # a storage starts at a multiple of 256 bytes or more
+        return (
+            int(self.meta.storage_offset()) * self.element_size()
+        )  # a storage starts at a multiple of 256 bytes or more
 
     def ptr_range(self) -> int:
         return self.meta.untyped_storage().nbytes()
@@ -93,7 +96,9 @@ class _Gpu(TorchDispatchMode):
             return torch.device("meta") if isinstance(value, torch.device) else value
 
         def from_meta(value: Any) -> Any:  # an operation in place gives back what it was given
-            return tensors.get(id(value)) or GpuTensor(value) if isinstance(value, Tensor) else value
+            if not isinstance(value, Tensor):
+                return value
+            return tensors[id(value)] if id(value) in tensors else GpuTensor(value)
 
         return tree_map(from_meta, func(*tree_map(to_meta, args), **tree_map(to_meta, kwargs)))
 

@@ -147,20 +147,24 @@ def _read_cubin(compiled: Any, matrix: str) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([\w.]+)", text, flags=re.M)
 
-    def largest(name: str) -> int:
-        return max(map(int, re.findall(rf"\b{name}:(\d+)", text)))
+        def dump(what: str) -> str:
+            command = [knobs.nvidia.cuobjdump.path, what, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = dump("-res-usage")
+        registers, stack = (max(map(int, re.findall(rf"\b{name}:(\d+)", usage))) for name in ("REG", "STACK"))
+        # Disassembling takes as long as compiling. Without a stack frame nothing can be spilled.
+        listing = dump("-sass") if stack or "mma" in compiled.asm["ptx"] else ""
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([\w.]+)", listing, flags=re.M)
 
     def local_bytes(name: str) -> int:
         suffixes = [opcode.split(".")[1:] for opcode in opcodes if opcode.split(".")[0] == name]
         return sum(max((SASS_BYTES.get(s.strip("US"), 0) for s in parts), default=0) or 4 for parts in suffixes)
 
     return {
-        "registers": largest("REG"),
-        "stack_bytes": largest("STACK"),
+        "registers": registers,
+        "stack_bytes": stack,
         "spill_store_bytes": local_bytes("STL"),
         "spill_load_bytes": local_bytes("LDL"),
         "matrix_instructions": sum(re.match(matrix, opcode) is not None for opcode in opcodes),
