@@ -164,3 +164,14 @@ def dpo_loss(
     ]
     m = torch.stack(margins)
     return -(1 - label_smoothing) * F.logsigmoid(m) - label_smoothing * F.logsigmoid(-m)
+
+
+def linear_stats(
+    hidden: Tensor, head: Tensor, targets: Tensor, bias: Tensor | None = None, **epilogue: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log p_y, the entropy -sum p log p, logsumexp(z), and whether no logit is above the target's.  (N,) each."""
+    z = logits(hidden, head, bias, **epilogue)  # type: ignore[arg-type]
+    log_p = z.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0)).sum(-1)
+    target = z.gather(-1, targets[:, None])
+    return token_logps(z, targets), entropy, z.logsumexp(-1), (z <= target).all(-1)
