@@ -84,7 +84,7 @@ def linear_logps(
             processes; every process gives the same hidden and targets and gets the same result.
         backend: "auto" | "torch" | "triton" | "reference" (full logits, for comparison).
         memory_budget: bytes that a trainable head may hold from forward to backward to spare a recompute; None =
-            4 V H, the size of an fp32 gradient of the head.
+            4 V H, the size of an fp32 gradient of the head. (Under torch.compile N's crossing of it is one recompile.)
         validate: check targets' contents on an accelerator too (waits for the device).
 
     Returns:

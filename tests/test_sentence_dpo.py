@@ -439,3 +439,56 @@ def test_bad_values_are_seen(case):
     layout.group[0] = 7
     with pytest.raises(ValueError, match="item 0 has 0 chosen responses"):
         sentence_dpo_loss(case.hidden, case.head, layout, ref_hidden=case.hidden, validate=True)
+
+
+# --- the Triton kernels, from hidden states to the loss ---
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("ref", ["same head", "other head", "cached"])
+@pytest.mark.parametrize("normalizer", ["sentence", "reward"])
+def test_triton_end_to_end(trainable, ref, normalizer, case, device):
+    """Stacked, separate and cached references, then sentences, margin and gradient, against the fp64 oracle."""
+    pytest.importorskip("triton")
+    options: dict[str, Any] = {
+        "beta": 0.3, "alpha": 0.5, "normalizer": normalizer, "perplexity": "policy", "perplexity_scale": "ppl",
+    }  # fmt: skip
+    if ref == "same head":
+        case = dataclasses.replace(case, ref_head=case.head)
+    truth = leaves(case.hidden, case.head, case.bias)
+    expected = oracle(case, *truth, {}, options)
+    expected["loss"].backward()
+
+    wide = {
+        f.name: getattr(case, f.name).to(device, torch.float32) for f in dataclasses.fields(case) if f.name != "layout"
+    }
+    layout = case.layout.to(device)
+    hidden, head, bias = wide["hidden"].requires_grad_(), wide["head"], wide["bias"]
+    if trainable:
+        head.requires_grad_()
+    reference_options: dict[str, Any] = {"ref_hidden": wide["ref_hidden"]}
+    if ref == "other head":
+        reference_options |= {"ref_head": wide["ref_head"], "ref_bias": bias}
+    elif ref == "cached":
+        rows = wide["ref_hidden"].flatten(0, 1)[layout.hidden_index]
+        logps = linear_logps(rows, wide["ref_head"], layout.targets, bias=bias)
+        reference_options = {"ref_logps": logps}
+    out = sentence_dpo_loss(
+        hidden, head, layout, similarity=wide["similarity"], bias=bias, backend="triton", **reference_options, **options
+    )
+    for name in ("loss", "margins", "chosen_rewards", "rejected_rewards", "sentence_weights", "sentence_logratios"):
+        torch.testing.assert_close(
+            getattr(out, name).detach().cpu().double(), expected[name].detach(), rtol=2e-5, atol=2e-5, msg=name
+        )
+    out.loss.backward()
+    for got, want in zip((hidden, head)[: 1 + trainable], truth, strict=False):
+        torch.testing.assert_close(got.grad.cpu().double(), want.grad, rtol=1e-4, atol=2e-6)
+
+
+def test_a_stacked_reference_is_the_separate_one(case):
+    """With its own copy of the head the reference is computed apart; with the same head, in the policy's pass."""
+    stacked = sentence_dpo_loss(case.hidden, case.head, case.layout, ref_hidden=case.ref_hidden)
+    apart = sentence_dpo_loss(
+        case.hidden, case.head, case.layout, ref_hidden=case.ref_hidden, ref_head=case.head.clone()
+    )
+    same(stacked, apart)
