@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aspo_kernels.checks import check_positive, refuse_double_backward
+from aspo_kernels.checks import check_backend, check_positive, refuse_double_backward
 from aspo_kernels.layout import SentenceLayout
 from aspo_kernels.objectives import Inputs, Result, register
-from aspo_kernels.segments import segment_max, segment_min, segment_minmax, segment_sum, spread_over, uses_triton
+from aspo_kernels.segments import segment_max, segment_min, segment_minmax, segment_sum, spread_over
 
 NORMALIZERS = ("sentence", "token", "none", "reward")
 PERPLEXITIES = ("policy", "reference")
@@ -111,7 +111,7 @@ def aspo(
     `token`) is exactly DPO.
     """
     check_options(beta, alpha, normalizer, perplexity, perplexity_scale)
-    if x.ref_logps is not None and uses_triton(x.backend, x.logps):
+    if x.ref_logps is not None and check_backend(x.backend, x.logps) == "triton":
         return _fused(x, x.ref_logps, beta, alpha, normalizer, perplexity, perplexity_scale)
     weights = sentence_weights(x, alpha, perplexity, perplexity_scale)
     ratio, fell_back = length_ratio(x, weights, normalizer)

@@ -14,6 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aspo_kernels.layout_checks import (
+    check_groups,
+    check_integer,
+    check_offsets,
+    check_sentence_steps,
+    check_shapes,
+)
+
 IGNORE_INDEX = -100
 
 
@@ -63,7 +71,7 @@ class SentenceLayout:
     padded: bool = field(init=False, default=False)  # made by padded_to: there may be a tail
 
     def __post_init__(self) -> None:
-        _check_shapes(self)
+        check_shapes(self)
         if self.targets.device.type == "cpu":
             self.validate()
         # One look at the contents here, on the host, so that no loss has to look again on a device.
@@ -227,8 +235,8 @@ class SentenceLayout:
         if self.padded:
             used = self.used_sizes()
             num_tokens, num_sentences = min(num_tokens, used[0]), used[1]
-        _check_offsets("sentence_offsets", self.sentence_offsets, num_tokens)
-        _check_offsets("response_offsets", self.response_offsets, num_sentences)
+        check_offsets("sentence_offsets", self.sentence_offsets, num_tokens)
+        check_offsets("response_offsets", self.response_offsets, num_sentences)
         empty = torch.nonzero(self.sentence_offsets[: num_sentences + 1].diff() == 0).flatten()
         if empty.numel():
             raise ValueError(f"sentence {int(empty[0])} has no token; every sentence needs at least one")
@@ -242,7 +250,7 @@ class SentenceLayout:
             if value.numel() and int(value.min()) < 0:
                 at = int(value.argmin())
                 raise ValueError(f"{name}[{at}] is {int(value[at])}; it must not be negative")
-        _check_groups(self.group, self.role)
+        check_groups(self.group, self.role)
 
     @classmethod
     def from_labels(
@@ -272,7 +280,7 @@ class SentenceLayout:
                 f"labels and sentence_ids must be (R, T) and alike, got {tuple(labels.shape)} and "
                 f"{tuple(sentence_ids.shape)}"
             )
-        _check_integer(labels=labels, sentence_ids=sentence_ids)
+        check_integer(labels=labels, sentence_ids=sentence_ids)
         rows, length = labels.shape
         if (group is None) != (role is None):
             raise ValueError("group and role go together: pass both or neither")
@@ -288,7 +296,7 @@ class SentenceLayout:
         first_of_row = torch.ones_like(row, dtype=torch.bool)
         first_of_row[1:] = row[1:] != row[:-1]
         step = torch.where(first_of_row, ids, ids.diff(prepend=ids[:1]))
-        _check_sentence_steps(step, first_of_row, row, column, ids)
+        check_sentence_steps(step, first_of_row, row, column, ids)
 
         starts = torch.nonzero(first_of_row | (step == 1)).flatten()
         num_tokens = row.numel()
@@ -331,68 +339,6 @@ def _role_tensors(*layouts: SentenceLayout) -> list[tuple[Any, ...]]:
     """The same for role_responses."""
     by_role = zip_longest(*(layout.role_responses for layout in layouts))
     return [(f"the responses of role {role}", *rows) for role, rows in enumerate(by_role)]
-
-
-def _check_integer(**tensors: Tensor) -> None:
-    for name, value in tensors.items():
-        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-            raise ValueError(f"{name} must hold integers, got {value.dtype}")
-
-
-def _check_shapes(layout: SentenceLayout) -> None:
-    for name in ("targets", "hidden_index", "sentence_offsets", "response_offsets", "group", "role"):
-        value = getattr(layout, name)
-        if not isinstance(value, Tensor) or value.dim() != 1 or value.dtype != torch.int64:
-            got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{name} must be a 1-D int64 tensor, got {got}")
-        if value.device != layout.targets.device:
-            raise ValueError(f"{name} is on {value.device} but targets on {layout.targets.device}")
-    for name, other in (("hidden_index", "targets"), ("role", "group")):
-        if getattr(layout, name).numel() != getattr(layout, other).numel():
-            raise ValueError(
-                f"{name} has {getattr(layout, name).numel()} entries but {other} {getattr(layout, other).numel()}"
-            )
-    if layout.sentence_offsets.numel() < 1 or layout.response_offsets.numel() < 1:
-        raise ValueError("sentence_offsets and response_offsets need at least the entry 0")
-    if layout.num_responses != layout.group.numel():
-        raise ValueError(f"response_offsets describes {layout.num_responses} responses, group {layout.group.numel()}")
-    mask = layout.perplexity_mask
-    if mask is not None and (mask.shape != layout.targets.shape or mask.dtype != torch.bool):
-        raise ValueError(f"perplexity_mask must be bool {tuple(layout.targets.shape)}, got {mask.dtype} {mask.shape}")
-
-
-def _check_offsets(name: str, offsets: Tensor, total: int) -> None:
-    backwards = torch.nonzero(offsets.diff() < 0).flatten()
-    if backwards.numel():
-        at = int(backwards[0]) + 1
-        raise ValueError(f"{name}[{at}] = {int(offsets[at])} is less than the entry before it")
-    if int(offsets[0]) != 0 or int(offsets[-1]) != total:
-        raise ValueError(f"{name} must run from 0 to {total}, got {int(offsets[0])} to {int(offsets[-1])}")
-
-
-def _check_groups(group: Tensor, role: Tensor) -> None:
-    if not group.numel():
-        return
-    num_items = int(group.max()) + 1
-    chosen = torch.bincount(group[role == 0], minlength=num_items)
-    wrong = torch.nonzero(chosen != 1).flatten()
-    if wrong.numel():
-        item = int(wrong[0])
-        raise ValueError(f"item {item} has {int(chosen[item])} chosen responses (role 0); it needs exactly one")
-
-
-def _check_sentence_steps(step: Tensor, first_of_row: Tensor, row: Tensor, column: Tensor, ids: Tensor) -> None:
-    """The first id of a row must be 0, and every later one the same as before it or one more."""
-    wrong = torch.nonzero(torch.where(first_of_row, step != 0, (step != 0) & (step != 1))).flatten()
-    if not wrong.numel():
-        return
-    n = int(wrong[0])
-    where = f"sentence_ids[{int(row[n])}, {int(column[n])}] = {int(ids[n])}"
-    if bool(first_of_row[n]):
-        raise ValueError(f"{where} is the first counted position of its row; sentence ids start at 0")
-    before = int(ids[n - 1])
-    kind = "goes backwards" if int(step[n]) < 0 else "leaves a gap"
-    raise ValueError(f"{where} {kind} after {before}; ids count 0, 1, 2.. within a row")
 
 
 __all__ = ["IGNORE_INDEX", "SentenceLayout"]

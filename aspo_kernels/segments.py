@@ -16,33 +16,28 @@ from torch import Tensor
 from aspo_kernels.checks import check_backend
 
 
-def uses_triton(backend: str, tensor: Tensor) -> bool:
-    """Whether tensors like this one go to a Triton kernel."""
-    return check_backend(backend, tensor) == "triton" or backend == "triton"  # which check_backend has let through
-
-
 def segment_sum(values: Tensor, offsets: Tensor, backend: str = "auto") -> Tensor:
     """out[s] = sum(values[offsets[s]:offsets[s+1]]), summed in fp64; 0 for an empty segment.  (N,), (S+1,) -> (S,).
 
     Differentiable. fp64 costs nothing at these sizes, and in fp32 a 100,000-token response would lose its second
     decimal.
     """
-    return _segment_sum(values, offsets, uses_triton(backend, values))
+    return _segment_sum(values, offsets, check_backend(backend, values) == "triton")
 
 
 def segment_min(values: Tensor, offsets: Tensor, backend: str = "auto") -> Tensor:
     """out[s] = min(values[offsets[s]:offsets[s+1]]), inf for an empty segment; no gradient.  (N,), (S+1,) -> (S,)."""
-    return _segment_extremum(values.detach(), offsets, False, uses_triton(backend, values))
+    return _segment_extremum(values.detach(), offsets, False, check_backend(backend, values) == "triton")
 
 
 def segment_max(values: Tensor, offsets: Tensor, backend: str = "auto") -> Tensor:
     """out[s] = max(values[offsets[s]:offsets[s+1]]), -inf for an empty segment; no gradient.  (N,), (S+1,) -> (S,)."""
-    return _segment_extremum(values.detach(), offsets, True, uses_triton(backend, values))
+    return _segment_extremum(values.detach(), offsets, True, check_backend(backend, values) == "triton")
 
 
 def spread_over(per_segment: Tensor, offsets: Tensor, total: int, backend: str = "auto") -> Tensor:
     """Repeat each segment's value over its entries, 0 behind the last.  (S,), (S+1,) -> (total,), differentiable."""
-    return _spread_over(per_segment, offsets, total, uses_triton(backend, per_segment))
+    return _spread_over(per_segment, offsets, total, check_backend(backend, per_segment) == "triton")
 
 
 def segment_minmax(values: Tensor, offsets: Tensor, min_range: float = 1e-5, backend: str = "auto") -> Tensor:
@@ -62,7 +57,7 @@ def segment_minmax(values: Tensor, offsets: Tensor, min_range: float = 1e-5, bac
 @torch.library.custom_op("aspo_kernels::segment_sum", mutates_args=())
 def _segment_sum(values: Tensor, offsets: Tensor, use_triton: bool) -> Tensor:
     if use_triton:
-        from aspo_kernels.triton_sentences import segment_reduce
+        from aspo_kernels.triton_segments import segment_reduce
 
         return segment_reduce(values, offsets, "sum")
     # 0 by hand where there is nothing to reduce: segment_reduce refuses an empty input.
@@ -79,7 +74,7 @@ def _(values: Tensor, offsets: Tensor, use_triton: bool) -> Tensor:
 @torch.library.custom_op("aspo_kernels::segment_extremum", mutates_args=())
 def _segment_extremum(values: Tensor, offsets: Tensor, largest: bool, use_triton: bool) -> Tensor:
     if use_triton:
-        from aspo_kernels.triton_sentences import segment_reduce
+        from aspo_kernels.triton_segments import segment_reduce
 
         return segment_reduce(values, offsets, "max" if largest else "min")
     if not values.numel():
@@ -95,7 +90,7 @@ def _(values: Tensor, offsets: Tensor, largest: bool, use_triton: bool) -> Tenso
 @torch.library.custom_op("aspo_kernels::spread_over", mutates_args=())
 def _spread_over(per_segment: Tensor, offsets: Tensor, total: int, use_triton: bool) -> Tensor:
     if use_triton:
-        from aspo_kernels.triton_sentences import spread_over as launch
+        from aspo_kernels.triton_segments import spread_over as launch
 
         return launch(per_segment, offsets, total)
     values = torch.cat([per_segment, per_segment.new_zeros(1)])  # one segment more: the tail

@@ -1,7 +1,7 @@
-"""Triton kernels behind the head: reductions over segments, and the whole of ASPO's objective in one launch.
+"""The whole of ASPO's objective as one Triton launch, one program a pair.  The specification: aspo_kernels.aspo.
 
 Sums are in fp64, each in an order that the offsets alone decide: bit-identical from run to run.
-Axes: N tokens (or entries), S sentences (or segments), R responses, B pairs; n and s run over a block of them.
+Axes: N tokens, S sentences, R responses, B pairs; n and s run over a block of them.
 """
 
 from __future__ import annotations
@@ -11,85 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aspo_kernels.triton_segments import launch_options
+
 MIN_RANGE = tl.constexpr(1e-5)  # as in aspo_kernels.aspo
 MIN_WEIGHTED_LOGRATIO = tl.constexpr(1e-6)
-
-
-def launch_options() -> dict[str, int]:
-    """Block size and warps of every kernel here: 4 fp64 numbers a thread (with 8, registers run out). No shape counts:
-    a loop over one block is as quick as a smaller block, and 100,000 tokens are a hundred blocks.
-    """
-    return {"BLOCK": 1024, "num_warps": 8}
-
-
-@triton.jit
-def segment_reduce_kernel(values_ptr, offsets_ptr, out_ptr, REDUCE: tl.constexpr, BLOCK: tl.constexpr):
-    """out[s] = sum, min or max of values[offsets[s]:offsets[s+1]].  Grid (S,)."""
-    s = tl.program_id(0).to(tl.int64)
-    first = tl.load(offsets_ptr + s)
-    last = tl.load(offsets_ptr + s + 1)
-    start: tl.constexpr = 0.0 if REDUCE == "sum" else (float("inf") if REDUCE == "min" else float("-inf"))
-    total = tl.full((BLOCK,), start, tl.float64)
-    nans = tl.zeros((BLOCK,), tl.int32)
-    for begin in range(first, last, BLOCK):
-        offs_n = begin + tl.arange(0, BLOCK)
-        x = tl.load(values_ptr + offs_n, mask=offs_n < last, other=start).to(tl.float64)
-        if REDUCE == "sum":
-            total += x
-        elif REDUCE == "min":
-            total = tl.minimum(total, x)
-        else:
-            total = tl.maximum(total, x)
-        nans += (x != x).to(tl.int32)
-    if REDUCE == "sum":
-        result = tl.sum(total)
-    else:
-        result = tl.min(total) if REDUCE == "min" else tl.max(total)
-        result = tl.where(tl.sum(nans) > 0, float("nan"), result)  # the hardware's minimum forgets a NaN
-    tl.store(out_ptr + s, result.to(out_ptr.dtype.element_ty))
-
-
-@triton.jit
-def spread_over_kernel(values_ptr, offsets_ptr, out_ptr, num_entries, BLOCK: tl.constexpr):
-    """out[n] = values[segment of n], 0 behind the last segment.  Grid (S+1,): the last program writes the zeros."""
-    s = tl.program_id(0).to(tl.int64)
-    num_segments = tl.num_programs(0) - 1
-    first = tl.load(offsets_ptr + s)
-    last = tl.load(offsets_ptr + s + 1, mask=s < num_segments, other=num_entries)
-    value = tl.load(values_ptr + s, mask=s < num_segments, other=0.0)
-    for begin in range(first, last, BLOCK):
-        offs_n = begin + tl.arange(0, BLOCK)
-        tl.store(out_ptr + offs_n, tl.zeros((BLOCK,), value.dtype) + value, mask=offs_n < last)
-
-
-def segment_reduce(
-    values: Tensor,  # (N,)
-    offsets: Tensor,  # (S+1,)
-    reduce: str,  # "sum", "min" or "max"
-) -> Tensor:
-    """(S,) in the values' dtype; see aspo_kernels.segments."""
-    out = values.new_empty(offsets.numel() - 1)
-    if out.numel():
-        segment_reduce_kernel[(out.numel(),)](
-            values.contiguous(), offsets.contiguous(), out, REDUCE=reduce, **launch_options()
-        )
-    return out
-
-
-def spread_over(
-    per_segment: Tensor,  # (S,)
-    offsets: Tensor,  # (S+1,)
-    total: int,
-) -> Tensor:
-    """(total,) in the values' dtype; see aspo_kernels.segments."""
-    out = per_segment.new_empty(total)
-    spread_over_kernel[(offsets.numel(),)](
-        per_segment.contiguous(), offsets.contiguous(), out, total, **launch_options()
-    )
-    return out
-
-
-# --- ASPO: one program a pair ---
 
 
 @triton.jit
@@ -142,6 +67,27 @@ def _sentences(prefix_ptr, mask_ptr, sentence_offsets_ptr, offs_s, mask_s, first
 
 
 @triton.jit
+def _ranges(
+    prefix_ptr, mask_ptr, similarity_ptr, sentence_offsets_ptr, first_token, first_sentence, last_sentence,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Least and greatest mean negative log-likelihood and similarity of a response's sentences."""
+    nll_low, nll_high = tl.full((BLOCK,), float("inf"), tl.float64), tl.full((BLOCK,), float("-inf"), tl.float64)
+    similarity_low, similarity_high = nll_low, nll_high
+    for begin in range(first_sentence, last_sentence, BLOCK):
+        offs_s = begin + tl.arange(0, BLOCK)
+        mask_s = offs_s < last_sentence
+        _, nll, _ = _sentences(prefix_ptr, mask_ptr, sentence_offsets_ptr, offs_s, mask_s, first_token)
+        nll_low = tl.where(mask_s, tl.minimum(nll_low, nll), nll_low)
+        nll_high = tl.where(mask_s, tl.maximum(nll_high, nll), nll_high)
+        if similarity_ptr is not None:
+            similarity = tl.load(similarity_ptr + offs_s - first_sentence, mask=mask_s, other=0.0).to(tl.float64)
+            similarity_low = tl.where(mask_s, tl.minimum(similarity_low, similarity), similarity_low)
+            similarity_high = tl.where(mask_s, tl.maximum(similarity_high, similarity), similarity_high)
+    return tl.min(nll_low), tl.max(nll_high), tl.min(similarity_low), tl.max(similarity_high)
+
+
+@triton.jit
 def _response_sum(logps_ptr, ref_ptr, first, last, BLOCK: tl.constexpr):
     """h(y) of the response that holds tokens first..last-1."""
     total = tl.zeros((BLOCK,), tl.float64)
@@ -150,6 +96,28 @@ def _response_sum(logps_ptr, ref_ptr, first, last, BLOCK: tl.constexpr):
         logp = tl.load(logps_ptr + offs_n, mask=offs_n < last, other=0.0).to(tl.float64)
         total += logp - tl.load(ref_ptr + offs_n, mask=offs_n < last, other=0.0).to(tl.float64)
     return tl.sum(total)
+
+
+@triton.jit
+def _scores(values, low, high, SCALE: tl.constexpr):
+    """minmax(-v), or minmax(-exp(v)) for SCALE "ppl"; 0 where the range is <= MIN_RANGE.
+
+    Above that range exp(x) - 1 in fp64 keeps eleven digits: no expm1 is needed, and nothing overflows.
+    """
+    spread = tl.maximum(high - low, MIN_RANGE)
+    score = (high - values) / spread
+    if SCALE == "ppl":
+        score = (tl.exp(values - high) - 1) / (tl.exp(-spread) - 1)
+    return tl.where(high - low > MIN_RANGE, score, 0.0)
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + exp(x)), also where it is tiny: log1p(u) = log(1 + u) u / ((1 + u) - 1), and u where that is 0/0."""
+    u = tl.exp(-tl.abs(x))
+    rounded = 1 + u
+    log1p = tl.where(rounded == 1, u, tl.log(rounded) * u / tl.where(rounded == 1, 1.0, rounded - 1))
+    return tl.maximum(x, 0.0) + log1p
 
 
 @triton.jit
@@ -216,7 +184,7 @@ def aspo_kernel(
     FROM_REFERENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Everything of ASPO's objective for pair b.  Grid (B,).  The specification: aspo_kernels.aspo."""
+    """Everything of ASPO's objective for pair b.  Grid (B,)."""
     b = tl.program_id(0).to(tl.int64)
     chosen, rejected = tl.load(chosen_ptr + b), tl.load(rejected_ptr + b)
     first_sentence, last_sentence = tl.load(response_offsets_ptr + chosen), tl.load(response_offsets_ptr + chosen + 1)
@@ -225,38 +193,28 @@ def aspo_kernel(
     h_chosen = _prefix_sums(logps_ptr, ref_ptr, mask_ptr, prefix_ptr, first, last, FROM_REFERENCE, BLOCK)
     tl.debug_barrier()  # the prefix sums are read by other threads than wrote them
 
-    nll_low, nll_high = tl.full((BLOCK,), float("inf"), tl.float64), tl.full((BLOCK,), float("-inf"), tl.float64)
-    similarity_low, similarity_high = nll_low, nll_high
+    if similarity_ptr is not None:
+        similarity_ptr += start
+    sentence_stats_ptr += 2 * start
+    low, high, least, most = _ranges(
+        prefix_ptr, mask_ptr, similarity_ptr, sentence_offsets_ptr, first, first_sentence, last_sentence, BLOCK
+    )
+    gain = tl.zeros((BLOCK,), tl.float64)
+    token_gain, weighted = gain, gain
     for begin in range(first_sentence, last_sentence, BLOCK):
         offs_s = begin + tl.arange(0, BLOCK)
         mask_s = offs_s < last_sentence
-        _, nll, _ = _sentences(prefix_ptr, mask_ptr, sentence_offsets_ptr, offs_s, mask_s, first)
-        nll_low = tl.where(mask_s, tl.minimum(nll_low, nll), nll_low)
-        nll_high = tl.where(mask_s, tl.maximum(nll_high, nll), nll_high)
-        if similarity_ptr is not None:
-            at = similarity_ptr + start + offs_s - first_sentence
-            similarity = tl.load(at, mask=mask_s, other=0.0).to(tl.float64)
-            similarity_low = tl.where(mask_s, tl.minimum(similarity_low, similarity), similarity_low)
-            similarity_high = tl.where(mask_s, tl.maximum(similarity_high, similarity), similarity_high)
-    low, high = tl.min(nll_low), tl.max(nll_high)
-    least, most = tl.min(similarity_low), tl.max(similarity_high)
-
-    gain, token_gain = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
-    weighted = tl.zeros((BLOCK,), tl.float64)
-    for begin in range(first_sentence, last_sentence, BLOCK):
-        offs_s = begin + tl.arange(0, BLOCK)
-        mask_s = offs_s < last_sentence
-        at = start + offs_s - first_sentence
         ratio, nll, length = _sentences(prefix_ptr, mask_ptr, sentence_offsets_ptr, offs_s, mask_s, first)
         weight = _scores(nll, low, high, SCALE)
         if similarity_ptr is not None:
-            similarity = tl.load(similarity_ptr + at, mask=mask_s, other=0.0).to(tl.float64)
+            similarity = tl.load(similarity_ptr + offs_s - first_sentence, mask=mask_s, other=0.0).to(tl.float64)
             weight = alpha * _scores(-similarity, -most, -least, "nll") + (1 - alpha) * weight
         gain += tl.where(mask_s, 1 + weight, 0.0)
         token_gain += tl.where(mask_s, (1 + weight) * length, 0.0)
         weighted += tl.where(mask_s, (1 + weight) * ratio, 0.0)
-        tl.store(sentence_stats_ptr + 2 * at, weight.to(tl.float32), mask=mask_s)
-        tl.store(sentence_stats_ptr + 2 * at + 1, ratio.to(tl.float32), mask=mask_s)
+        at = sentence_stats_ptr + 2 * (offs_s - first_sentence)
+        tl.store(at, weight.to(tl.float32), mask=mask_s)
+        tl.store(at + 1, ratio.to(tl.float32), mask=mask_s)
     h_weighted = tl.sum(weighted)
     sentences, tokens = (last_sentence - first_sentence).to(tl.float64), (last - first).to(tl.float64)
     ratio, fell_back = _length_ratio(
@@ -276,35 +234,13 @@ def aspo_kernel(
     if g_ptr is not None:
         slope = beta / (1 + tl.exp(margin))  # beta sigmoid(-M*)
         tl.debug_barrier()  # the weights too
-        weights_ptr = sentence_stats_ptr + 2 * start
+        factor = -slope * ratio
         _chosen_gradient(
-            g_ptr, weights_ptr, sentence_offsets_ptr, -slope * ratio, first, last, first_sentence, last_sentence, BLOCK
+            g_ptr, sentence_stats_ptr, sentence_offsets_ptr, factor, first, last, first_sentence, last_sentence, BLOCK
         )
         for begin in range(first_rejected, last_rejected, BLOCK):
             offs_n = begin + tl.arange(0, BLOCK)
             tl.store(g_ptr + offs_n, tl.zeros((BLOCK,), tl.float32) + slope.to(tl.float32), mask=offs_n < last_rejected)
-
-
-@triton.jit
-def _scores(values, low, high, SCALE: tl.constexpr):
-    """minmax(-v), or minmax(-exp(v)) for SCALE "ppl"; 0 where the range is <= MIN_RANGE.
-
-    Above that range exp(x) - 1 in fp64 keeps eleven digits: no expm1 is needed, and nothing overflows.
-    """
-    spread = tl.maximum(high - low, MIN_RANGE)
-    score = (high - values) / spread
-    if SCALE == "ppl":
-        score = (tl.exp(values - high) - 1) / (tl.exp(-spread) - 1)
-    return tl.where(high - low > MIN_RANGE, score, 0.0)
-
-
-@triton.jit
-def _softplus(x):
-    """log(1 + exp(x)), also where it is tiny: log1p(u) = log(1 + u) u / ((1 + u) - 1), and u where that is 0/0."""
-    u = tl.exp(-tl.abs(x))
-    rounded = 1 + u
-    log1p = tl.where(rounded == 1, u, tl.log(rounded) * u / tl.where(rounded == 1, 1.0, rounded - 1))
-    return tl.maximum(x, 0.0) + log1p
 
 
 @triton.jit

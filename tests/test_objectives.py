@@ -132,6 +132,20 @@ def test_without_a_reference():
         objectives.get("aspo")(x, perplexity="reference")
 
 
+@pytest.mark.parametrize("name", ["aspo", "dpo", "simpo"])
+def test_unknown_backends_are_refused(name):
+    x = inputs()
+    with pytest.raises(ValueError, match="backend is 'cuda'; choose one of auto, torch, triton"):
+        objectives.get(name)(Inputs(x.layout, x.logps, x.ref_logps, backend="cuda"))
+
+
+def test_sums_are_taken_once():
+    x = inputs()
+    assert x.response_logratios is x.response_logratios
+    assert x.sentence_logratios is not Inputs(x.layout, x.logps, x.ref_logps).sentence_logratios
+    assert Inputs.token_logratios.__doc__.startswith("(N,) logp - ref_logp")
+
+
 def test_several_rejected_responses_are_refused():
     labels, ids = torch.tensor([[1], [2], [3]]), torch.zeros(3, 1).long()
     layout = SentenceLayout.from_labels(labels, ids, group=torch.zeros(3).long(), role=torch.tensor([0, 1, 1]))
