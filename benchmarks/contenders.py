@@ -20,6 +20,8 @@ import aspo_kernels
 from aspo import torchvision_cpu
 from aspo_kernels import tiles
 from aspo_kernels.checks import check_backend
+from aspo_kernels.linear_logps import policy_and_reference_logps
+from aspo_kernels.tiles import Epilogue
 from benchmarks.cases import DTYPES, Inputs
 
 PerToken = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -31,6 +33,7 @@ class Contender:
 
     schedule: of `benchmarks.model`, without "frozen" or "trainable" where both are meant; None = not in the model.
     weighted: the loss is sum_t upstream_t logp_t, so that its gradients are those of the others.
+    pair: the log-probabilities where the reference's are computed in the same pass; None = one after the other.
     settings: what is in force during forward and backward.
     """
 
@@ -40,6 +43,7 @@ class Contender:
     schedule: str | None = None
     ours: bool = False
     weighted: bool = False
+    pair: Callable[[Inputs], Tensor] | None = None
     settings: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def step(self, inputs: Inputs) -> list[Tensor]:
@@ -49,8 +53,11 @@ class Contender:
             if self.per_token is None:
                 assert self.loss is not None
                 return list(torch.autograd.grad(self.loss(inputs), wanted))
-            logps = self.per_token(inputs.hidden, inputs.head, inputs.targets)
-            if inputs.ref_hidden is not None:
+            if inputs.ref_hidden is not None and self.pair is not None:
+                logps = self.pair(inputs)
+            else:
+                logps = self.per_token(inputs.hidden, inputs.head, inputs.targets)
+            if inputs.ref_hidden is not None and self.pair is None:
                 with torch.no_grad():
                     self.per_token(inputs.ref_hidden, inputs.head, inputs.targets)
             return list(torch.autograd.grad(logps, wanted, inputs.upstream.to(logps.dtype)))
@@ -76,8 +83,14 @@ def ours(
     def per_token(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         return aspo_kernels.linear_logps(hidden, head, targets, backend=backend, memory_budget=budget)
 
+    def pair(inputs: Inputs) -> Tensor:  # as sentence_dpo_loss does
+        return policy_and_reference_logps(
+            inputs.hidden, inputs.ref_hidden, inputs.head, inputs.targets, None, Epilogue(), None, None, backend,
+            budget, False,
+        )[0]  # fmt: skip
+
     settings = functools.partial(triton_candidate, candidate) if candidate else nullcontext
-    return Contender(name, per_token, schedule=schedule, ours=True, settings=settings)
+    return Contender(name, per_token, schedule=schedule, ours=True, pair=pair, settings=settings)
 
 
 @contextmanager

@@ -20,6 +20,8 @@ from benchmarks.cases import GPU_TOKENS, HEADS, Case
 
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 CTA_TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.9))  # output tile of a GEMM, its rate (assumed)
+GROUP_TOKENS = 8192  # whose E of one slice exists at a time when the head's gradient is recomputed
+WIDEST = 8192  # entries of a slice: the pass holds a token's row of it in one program
 FUSED_RATE = 0.8  # of cuBLAS's, for a Triton product with an epilogue (assumed)
 
 
@@ -109,7 +111,7 @@ L2_PLAN = Plan("tile", 1024, 4096)  # 16 MiB of fp32 logits
 def best_plan(case: Case, device: Device) -> Plan:
     """The plan with the least predicted time of the frozen schedule, tiles of 4 to 64 MiB in fp32."""
     sides = [512 * 2**k for k in range(6)]
-    plans = [Plan(c, n, v) for c in ("tile", "fused") for n in sides for v in sides]
+    plans = [Plan(c, n, v) for c in ("tile", "fused") for n in sides for v in sides if v <= WIDEST]
     plans = [plan for plan in plans if plan.tokens < 2 * case.tokens and 2**20 <= plan.tokens * plan.entries <= 2**24]
     return min(plans, key=lambda plan: predict("frozen", case, device, plan).predicted_ms)
 
@@ -124,8 +126,8 @@ def _tile_stages(case: Case, device: Device, plan: Plan, passes: str, stored: bo
     """Products and epilogue of every tile and, for passes == "zx" or "zw", its gradient product.
 
     z = x W^T becomes E by a pass over an fp32 tile or in the product's own epilogue; then E W adds to (n, H), or E^T x
-    to (v, H), in fp32. Pessimistic where L2 might help: W's slice and the fp32 accumulators move through device memory
-    for each product.
+    to (v, H), in fp32, E^T x for GROUP_TOKENS at once. Pessimistic where L2 might help: W's slice and the fp32
+    accumulators move through device memory for each product. stored: E goes there too.
     """
     (N, H, V), e = (case.tokens, case.hidden, case.vocabulary), ITEMSIZE[case.dtype]
     n, v = min(plan.tokens, N), min(plan.entries, V)
@@ -142,8 +144,9 @@ def _tile_stages(case: Case, device: Device, plan: Plan, passes: str, stored: bo
         moved = head + 8.0 * N * H * slices + (spill or stored) * exps
         stages.append(Stage("E W", u, moved, exps, tiles, fill(n, H, device.sms)))
     elif passes == "zw":
-        moved = float(slices) * N * H * e + 8.0 * V * H * chunks + spill * exps
-        stages.append(Stage("E^T x", u, moved, exps, tiles, fill(v, H, device.sms)))
+        groups = math.ceil(N / GROUP_TOKENS)
+        moved = float(slices) * N * H * e + 8.0 * V * H * groups + exps
+        stages.append(Stage("E^T x", u, moved, 0, groups * slices, fill(v, H, device.sms)))
     return stages
 
 
@@ -202,15 +205,15 @@ def stages(schedule: str, case: Case, device: Device, plan: Plan | None = None) 
     if schedule == "frozen":
         return [*_tile_stages(case, device, plan, "zx"), *_rows(case)]
     if schedule == "stored":
-        whole = Stage("E^T x", 2.0 * N * H * V, e * (N * V + N * H) + 4.0 * V * H, fill=fill(V, H, device.sms))
-        cast = Stage("cast dW", 0, (4 + e) * V * H)
-        return [*_tile_stages(case, device, plan, "zx", stored=True), *_rows(case), whole, cast]
+        whole = Stage("E^T x", 2.0 * N * H * V, float(e) * (N * V + N * H + V * H), fill=fill(V, H, device.sms))
+        scaled = Stage("scale, copy dW", 0, 4 * e * V * H)
+        return [*_tile_stages(case, device, plan, "zx", stored=True), *_rows(case), whole, scaled]
     if schedule == "recompute":
         return [
             *_tile_stages(case, device, plan, "zx"),
             *_rows(case),
-            *_tile_stages(case, device, plan, "zw"),
-            Stage("cast dW", 0, (4 + e) * V * H),
+            *_tile_stages(case, device, plan, "zw", stored=True),
+            Stage("scale, copy dW", 0, (12 + e) * V * H),
         ]
     raise ValueError(f"schedule is {schedule!r}; choose one of {', '.join(SCHEDULES)}")
 
@@ -233,7 +236,8 @@ def extra_bytes(schedule: str, case: Case, device: Device, plan: Plan | None = N
         return tile + 12.0 * N
     kept = rows + 12.0 * N + (e * N * V if schedule == "stored" else 0.0)  # G, three numbers a token, E
     forward = kept + tile + (4 + e) * n * H  # an fp32 accumulator and W[y] of a chunk; nothing returned yet
-    backward = {"frozen": 0.0, "stored": rows + 4.0 * V * H, "recompute": rows + tile + 4.0 * v * H}[schedule]
+    group = 4.0 * n * v * (plan.candidate == "tile") + e * min(N, GROUP_TOKENS) * v + 4.0 * v * H
+    backward = {"frozen": 0.0, "stored": rows + e * V * H, "recompute": rows + group}[schedule]
     return max(forward - returned, kept + backward)
 
 

@@ -1,19 +1,22 @@
-"""Write the README's tables from the committed results, between their markers.
+"""Write the tables and plots of README.md and docs/performance.md from the committed results, between their markers.
 
-python -m benchmarks.readme            rewrite the tables
-python -m benchmarks.readme --check    fail if the README does not say what the results say
+python -m benchmarks.readme            rewrite the tables, draw the plots
+python -m benchmarks.readme --check    fail if they do not say what the results say
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import model, plots, results
+
 ROOT = Path(__file__).parent.parent
-HEAD = ROOT / "benchmarks" / "results" / "head.csv"
-DEMO = ROOT / "benchmarks" / "results" / "demo.md"  # the demo's table.md
+HEAD = results.FOLDER / "head.csv"
+GPU = results.FOLDER / "gpu.csv"
+DEMO = results.FOLDER / "demo.md"  # the demo's table.md
 DEMO_ROWS = ("figure", "---", "hallucinated sentences", "false claims per item", "coverage", "claim F1",
              "false claims, unusual", "false claims, held-out", "minimal-pair", "yes/no accuracy", "CHAIR_i",
              "unparseable", "tokens")  # fmt: skip
@@ -21,9 +24,7 @@ DEMO_ROWS = ("figure", "---", "hallucinated sentences", "false claims per item",
 
 def head_table(path: Path = HEAD) -> str:
     """Median times, ratios to eager, memory and errors of the loss head, random logits."""
-    lines = path.read_text().splitlines()
-    machine = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
-    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    machine, rows = results.read(path)
     first = rows[0]
     out = [
         f"N {int(first['tokens']):,}, H {int(first['hidden']):,}, V {int(first['vocabulary']):,}, forward + backward, "
@@ -42,6 +43,50 @@ def head_table(path: Path = HEAD) -> str:
     return "\n".join(out)
 
 
+def head_section() -> str:
+    """The README's plots of the loss head and its table; a GPU's first where there are results of one."""
+    drawn = [path.name for path, source in reversed(plots.PLOTS.items()) if source.exists()]
+    shown = [f"![Time and memory of the loss head](docs/{name})" for name in drawn]
+    tables = ([gpu_table()] if GPU.exists() else []) + [head_table()]
+    return "\n\n".join([*shown, *tables])
+
+
+def gpu_table(path: Path = GPU) -> str:
+    """For each case the bare products, the best of ours, eager and the fastest peer: ms, ratios, memory."""
+    machine, rows = results.read(path)
+    out = [
+        f"Forward + backward on one {machine['device']} ({machine['bf16_tflops']} TFLOP/s in bf16, {machine['tb_s']} "
+        f"TB/s); torch {machine['torch']}, driver {machine['driver']}, commit {machine['commit']}.",
+        "",
+        "| head | N | work | bare products, ms | ours, ms (over bare, over predicted) | eager | fastest peer "
+        "| extra MiB: ours, eager |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    cases: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in rows:
+        if row["over_floor"]:
+            key = tuple(row[name] for name in ("model", "tokens", "dtype", "head", "work"))
+            cases.setdefault(key, []).append(row)
+    for (name, tokens, dtype, head, work), members in cases.items():
+        ours = [r for r in members if r["contender"].startswith("aspo_kernels")]
+        peers = [r for r in members if r not in ours and r["contender"] != "eager PyTorch"]
+        if not ours:
+            continue
+        best, fastest = (min(group, key=lambda r: float(r["median_ms"]), default=None) for group in (ours, peers))
+        eager = next((r for r in members if r["contender"] == "eager PyTorch"), {"median_ms": "out of memory"})
+        peer = f"{fastest['median_ms']} ({fastest['contender'].split(',')[0]})" if fastest else "none ran"
+        cells = [name, f"{int(tokens):,}", f"{head}, {dtype}, {work}", best["floor_ms"],
+                 f"{best['median_ms']} ({best['over_floor']}x, {best['over_predicted']}x)", eager["median_ms"], peer,
+                 f"{best['extra_mib']}, {eager.get('extra_mib', '')}"]  # fmt: skip
+        out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
+def model_section() -> str:
+    """The model's predictions for both GPUs."""
+    return "\n\n".join(model.table(device) for device in model.DEVICES.values())
+
+
 def demo_table(path: Path = DEMO) -> str:
     """The demo's table, its headline rows; and below it what length and coverage say about the comparison."""
     lines = path.read_text().splitlines()
@@ -53,21 +98,41 @@ def demo_table(path: Path = DEMO) -> str:
     return "\n".join([*(" ".join(row.split()) for row in rows), "", *rest])
 
 
+SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"head": head_section, "demo": demo_table},
+    "docs/performance.md": {"model": model_section},
+}
+
+
+def filled(text: str, sections: dict[str, Callable[[], str]], name: str) -> str:
+    """The text with each section's content between its markers."""
+    for section, content in sections.items():
+        start, end = f"<!-- {section}: begin -->", f"<!-- {section}: end -->"
+        if start not in text or end not in text:
+            sys.exit(f"{name} has no {start} ... {end}")
+        text = f"{text[: text.index(start)]}{start}\n{content()}\n{text[text.index(end) :]}"
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if something is out of date")
     check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    before = text = readme.read_text()
-    for name, table in (("head", head_table()), ("demo", demo_table())):
-        start, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        if start not in text or end not in text:
-            sys.exit(f"README.md has no {start} ... {end}")
-        text = f"{text[: text.index(start)]}{start}\n{table}\n{text[text.index(end) :]}"
-    if check and text != before:
-        sys.exit("README.md's tables are not those of benchmarks/results: run python -m benchmarks.readme")
-    if not check:
-        readme.write_text(text)
+    complaints = []
+    for name, sections in SECTIONS.items():
+        path = ROOT / name
+        before = path.read_text()
+        after = filled(before, sections, name)
+        if not check:
+            path.write_text(after)
+        elif after != before:
+            complaints.append(f"{name}'s tables are not those of benchmarks/results")
+    if check:
+        complaints += plots.stale()
+        sys.exit("\n".join([*complaints, "run python -m benchmarks.readme"]) if complaints else None)
+    for target, source in plots.PLOTS.items():
+        if source.exists() and plots.stale():
+            plots.draw(source, target)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from benchmarks.timing import Clock, interleaved
 
 TOKENS = (512, 1024, 2048, 4096, 8192)
 MIB = (8, 16, 32, 64, 128)  # of fp32 logits
-WIDEST = 32_768
 
 
 def sweep(clock: Clock, deadline: float, only: re.Pattern[str]) -> str:
@@ -39,9 +38,9 @@ def _best(case: Case, schedule: str, clock: Clock) -> str:
     present = tiles.GPU_TILE
     grid = [(c, n, mib) for c in ("tile", "fused") for n in TOKENS for mib in MIB if n < 2 * case.tokens]
     sizes = {
-        (c, n, mib): present._replace(tokens=n, bytes=mib * 2**20, width=WIDEST)
+        (c, n, mib): present._replace(tokens=n, bytes=mib * 2**20)
         for c, n, mib in grid
-        if 2**20 * mib // (4 * n) >= 512
+        if 512 <= 2**20 * mib // (4 * n) <= present.width
     }
     sizes |= {(c, 0, 0): present for c in ("tile", "fused")}
     found = {key: _ms(inputs, key[0], size, budget, clock) for key, size in sizes.items()}

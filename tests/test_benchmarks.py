@@ -2,13 +2,14 @@
 
 import itertools
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from aspo_kernels import reference
-from benchmarks import gpu, model, oracle, results, sanitize, suite
+from benchmarks import gpu, model, oracle, plots, readme, results, sanitize, suite
 from benchmarks.cases import HEADS, Case
 from benchmarks.contenders import Contender, load
 from benchmarks.model import DEVICES, Device, Plan
@@ -147,7 +148,7 @@ def test_a_wrong_result_of_ours_fails_the_suite(kind: str, says: str) -> None:
 
 
 def test_one_group_end_to_end_and_what_the_time_leaves_out(capsys: pytest.CaptureFixture[str]) -> None:
-    group = suite.Group("tiny", tiny(), (Work(trainable=True), Work(reference=True)))
+    group = suite.Group("tiny", replace(tiny(), tokens=6), (Work(trainable=True), Work(reference=True)))
     bench = suite.Bench("cpu", Clock("cpu"), DEVICES["H100"], rounds=3, slack=2.0)
     saved: list[int] = []
     late = time.perf_counter() + 60
@@ -163,10 +164,16 @@ def test_one_group_end_to_end_and_what_the_time_leaves_out(capsys: pytest.Captur
     expected = 2 * bare["bare z"] + bare["bare dX"] + bare["bare dW"]
     assert mine[0]["floor_ms"] == pytest.approx(expected, abs=3e-4)
     assert mine[0]["over_floor"] == pytest.approx(mine[0]["median_ms"] / expected, rel=2e-2)
+    live = [r for r in rows if r["work"] == "policy+reference"]
+    bare, mine = (
+        {r["contender"]: r["median_ms"] for r in live},
+        [r for r in live if r["contender"] == "aspo_kernels, torch"],
+    )
+    assert mine[0]["floor_ms"] == pytest.approx(2 * bare["bare z"] + bare["bare dX"], abs=3e-4)
     table = gpu.summary(rows).splitlines()
-    assert len(table) == 3 and table[1].startswith("tiny 14 fp32 trainable policy |")
+    assert len(table) == 3 and table[1].startswith("tiny 6 fp32 trainable policy |")
     rows, left_out = gpu.run([group], bench, time.perf_counter() + 1, lambda rows, left_out: None)
-    assert rows == [] and left_out[1:] == ["tiny N 14 fp32 random frozen policy+reference: no time left"]
+    assert rows == [] and left_out[1:] == ["tiny N 6 fp32 random frozen policy+reference: no time left"]
 
 
 def test_the_cases_are_the_ones_promised() -> None:
@@ -189,3 +196,44 @@ def test_sanitizer_without_the_tool_says_so(
     monkeypatch.setenv("PATH", "")
     assert sanitize.run() == 1
     assert "not on the PATH" in capsys.readouterr().out
+
+
+def test_a_plot_knows_the_figures_it_was_drawn_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tmp_path / "gpu.csv", tmp_path / "docs" / "head-gpu.svg"
+    monkeypatch.setattr(plots, "PLOTS", {target: source})
+    monkeypatch.setattr(plots, "DOCS", tmp_path / "docs")
+    assert plots.stale() == []  # no results, no plot
+    cases = itertools.product(
+        ("LLaVA-1.5-7B", "Gemma-3-4B"), ("frozen", "trainable"), ("eager PyTorch", "aspo_kernels, triton, tile")
+    )
+    same = {"tokens": 8192, "dtype": "bf16", "logits": "random", "work": "policy", "over_floor": 1.5, "extra_mib": 99}
+    rows = [same | {"model": m, "head": h, "contender": c} for m, h, c in cases]
+    header = {"device": "a GPU", "torch": "2", "commit": "abc"}
+    results.write(source, header, rows, suite.FIELDS)
+    assert plots.stale() == ["docs/head-gpu.svg was not drawn from gpu.csv"]
+    plots.draw(source, target)
+    assert plots.stale() == [] and "<svg" in target.read_text()
+    first = target.read_text()
+    plots.draw(source, target)
+    assert target.read_text() == first
+    rows[0]["over_floor"] = 1.6
+    results.write(source, header, rows, suite.FIELDS)
+    assert plots.stale() != []
+
+
+def test_the_readmes_gpu_table(tmp_path: Path) -> None:
+    same = {"model": "Gemma-3-4B", "tokens": 2048, "dtype": "bf16", "head": "frozen", "work": "policy", "floor_ms": 6.9}
+    figures = {
+        "eager PyTorch": {"median_ms": 14.5, "over_floor": 2.1, "extra_mib": 6134},
+        "aspo_kernels, triton, tile": {"median_ms": 9.5, "over_floor": 1.38, "over_predicted": 1.05, "extra_mib": 60},
+        "aspo_kernels, triton, fused": {"median_ms": 9.0, "over_floor": 1.3, "over_predicted": 1.0, "extra_mib": 50},
+        "TRL ChunkedLogProbFunction": {"median_ms": 12.6, "over_floor": 1.83, "extra_mib": 290},
+        "quack": {"status": "failed: no such device"},
+    }
+    rows = [same | {"contender": name, **found} for name, found in figures.items()]
+    header = {"device": "a GPU", "bf16_tflops": "798", "tb_s": "3", "torch": "2", "driver": "5", "commit": "abc"}
+    results.write(tmp_path / "gpu.csv", header, rows, suite.FIELDS)
+    assert readme.gpu_table(tmp_path / "gpu.csv").splitlines()[-1] == (
+        "| Gemma-3-4B | 2,048 | frozen, bf16, policy | 6.9 | 9.0 (1.3x, 1.0x) | 14.5 "
+        "| 12.6 (TRL ChunkedLogProbFunction) | 50, 6134 |"
+    )

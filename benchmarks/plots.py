@@ -1,0 +1,137 @@
+"""Draw the committed results: time over the bare products, and extra memory, for each contender.
+
+python -m benchmarks.plots            docs/head-cpu.svg from results/head.csv, docs/head-gpu.svg from results/gpu.csv
+python -m benchmarks.plots --check    fail if a plot was drawn from other figures than the committed ones
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks import results
+
+DOCS = Path(__file__).parent.parent / "docs"
+PLOTS = {DOCS / "head-cpu.svg": results.FOLDER / "head.csv", DOCS / "head-gpu.svg": results.FOLDER / "gpu.csv"}
+GPU_TOKENS = "8192"  # the sizes of a GPU that are drawn; the table has them all
+STYLES = {  # the first whose key begins a contender's name
+    "aspo_kernels, recompute": ("#0b3d91", "v"),
+    "aspo_kernels, triton, fused": ("#0b3d91", "s"),
+    "aspo_kernels, torch": ("#6fa8ff", "^"),
+    "aspo_kernels": ("#1f6feb", "D"),
+    "eager PyTorch": ("#222222", "o"),
+    "torch.compile": ("#777777", "o"),
+    "TRL": ("#d1242f", "o"),
+    "torch linear_cross_entropy": ("#8250df", "o"),
+    "Liger": ("#2da44e", "o"),
+    "cut-cross-entropy": ("#bf8700", "o"),
+    "quack": ("#00a3a3", "o"),
+}
+
+
+class Point(NamedTuple):
+    """One contender of one group: group and contender as printed, time over the bare products, extra memory in MiB."""
+
+    group: str
+    contender: str
+    over_floor: float
+    extra_mib: float | None
+
+
+def points(rows: Sequence[dict[str, str]]) -> list[Point]:
+    """What is drawn of a CPU's or a GPU's results: random logits, policy only."""
+    found = []
+    for row in rows:
+        if row["logits"] != "random" or row["contender"].startswith("bare"):
+            continue
+        memory = float(row["extra_mib"]) if row["extra_mib"] else None
+        if "gemm_over_this" in row:  # the CPU's suite
+            found.append(
+                Point(f"{row['head']}, {row['dtype']}", row["contender"], 1 / float(row["gemm_over_this"]), memory)
+            )
+        elif row["over_floor"] and row["work"] == "policy" and row["tokens"] == GPU_TOKENS and row["dtype"] == "bf16":
+            found.append(Point(f"{row['head']}, {row['model']}", row["contender"], float(row["over_floor"]), memory))
+    return found
+
+
+def draw(source: Path, target: Path) -> None:
+    """An SVG that carries the hash of the figures it was drawn from."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    header, rows = results.read(source)
+    drawn = points(rows)
+    groups = list(dict.fromkeys(p.group for p in drawn))
+    names = list(dict.fromkeys(p.contender for p in drawn))
+    plt.rcParams.update({"svg.hashsalt": "aspo", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(1, 2, figsize=(10, 1.6 + 0.42 * len(groups)), sharey=True, layout="constrained")
+    for name in names:
+        mine = [p for p in drawn if p.contender == name]
+        color, marker = next(style for key, style in STYLES.items() if name.startswith(key))
+        for axis, field in zip(axes, ("over_floor", "extra_mib"), strict=True):
+            xy = [(getattr(p, field), groups.index(p.group)) for p in mine if getattr(p, field) is not None]
+            x, y = [value for value, _ in xy], [at for _, at in xy]
+            on_top = 3 if name.startswith("aspo_kernels") else 2
+            axis.plot(x, y, marker, color=color, label=name.split(" (")[0], markersize=7, alpha=0.85, zorder=on_top)
+    for axis, label in zip(axes, ("time over the bare matrix products (log)", "extra memory, MiB (log)"), strict=True):
+        axis.set_xscale("log")
+        axis.set_xlabel(label)
+        axis.grid(axis="x", which="both", color="#e5e5e5", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes[0].axvline(1, color="#999999", linewidth=1, linestyle="--")
+    axes[0].set_xticks([t for t in (0.5, 1, 2, 5, 10, 20, 50) if t <= 1.5 * max(p.over_floor for p in drawn)])
+    axes[0].set_yticks(range(len(groups)), groups)
+    axes[0].set_ylim(len(groups) - 0.5, -0.5)
+    figure.suptitle(_title(header, rows[0]), fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    target.parent.mkdir(exist_ok=True)
+    figure.savefig(target, metadata={"Date": None, "Description": f"sha256 {_hash(source)}"})
+    plt.close(figure)
+    target.write_text(re.sub(r"[ \t]+$", "", target.read_text(), flags=re.M))
+
+
+def _title(header: dict[str, str], first: dict[str, str]) -> str:
+    """What it was measured on."""
+    if header["device"] == "cpu":
+        where = f"{header['threads']} threads of {header['cpu']}"
+        size = f"N {int(first['tokens']):,}, H {int(first['hidden']):,}, V {int(first['vocabulary']):,}"
+    else:
+        where, size = f"one {header['device']}", f"N {int(GPU_TOKENS):,}, bf16"
+    return f"Forward + backward, {size}, on {where}; torch {header['torch']}, commit {header['commit']}"
+
+
+def _hash(source: Path) -> str:
+    return hashlib.sha256(source.read_bytes()).hexdigest()
+
+
+def stale() -> list[str]:
+    """The plots that were not drawn from the committed figures, as sentences."""
+    return [
+        f"{target.relative_to(DOCS.parent)} was not drawn from {source.name}"
+        for target, source in PLOTS.items()
+        if source.exists() and (not target.exists() or f"sha256 {_hash(source)}" not in target.read_text())
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a plot is out of date")
+    if parser.parse_args().check:
+        sys.exit("\n".join(stale()) or None)
+    for target, source in PLOTS.items():
+        if source.exists():
+            draw(source, target)
+            print(f"drew {target} from {source}")
+
+
+if __name__ == "__main__":
+    main()
