@@ -61,6 +61,15 @@ def oracle(x: Inputs, **options) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return expected["losses"].detach(), gradient, {k: v.detach() for k, v in expected.items()}
 
 
+def operator_arguments(x: Inputs, complete: bool) -> tuple:
+    layout = x.layout
+    where = (layout.sentence_offsets, layout.response_offsets, layout.with_role(0), layout.with_role(1))
+    return (
+        x.logps, x.ref_logps, x.similarity, layout.perplexity_mask, *where, layout.chosen_starts,
+        layout.chosen_sentences.numel(), 0.1, 0.5, "sentence", "policy", "ppl", complete, True,
+    )  # fmt: skip
+
+
 def assert_same(got, expected, **tolerance) -> None:
     """Losses, gradients, and every statistic that `got` and `expected` have both."""
     for a, b in zip(got[:2], expected[:2], strict=True):
@@ -348,8 +357,10 @@ def test_responses_of_no_pair_are_left_alone(device):
     x = make(layout, 7, device)
     got = run(x)
     assert_same(got, oracle(x), **TOLERANCE)
-    assert not got[1][8:12].any()
-    assert not got[1][16:20].any()
+    g = _aspo_forward(*operator_arguments(x, complete=False))[3].cpu()
+    for tokens in (slice(8, 12), slice(16, 20)):
+        assert not got[1][tokens].any()
+        assert not g[tokens].any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -432,29 +443,47 @@ def batches() -> list[Ragged]:
     ]
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["eager", "graph"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_captured_graph_replays_with_another_batch(name, backend):
-    layouts = [batch.layout() for batch in batches()]
-    problems = [make(layout, seed, "cuda") for seed, layout in enumerate(layouts)]
-    padded = [layout.padded_to(**CAPACITY) for layout in layouts]
-    filled = [padded_inputs(x, layout, backend) for x, layout in zip(problems, padded, strict=True)]
-    static = filled[0]
+def test_static_buffers_take_another_batch(device, name, backend, graph):
+    """As a captured CUDA graph is used: fill the buffers with another batch, replay. Eager shows the filling alone."""
+    layouts = [batch.layout().padded_to(**CAPACITY) for batch in batches()]
+    problems = [make(batch.layout(), seed, device) for seed, batch in enumerate(batches())]
+    filled = [padded_inputs(x, layout, backend) for x, layout in zip(problems, layouts, strict=True)]
     options = {"normalizer": "reward"} if name == "aspo" else {}
 
-    def step() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        inputs = Inputs(static.layout, static.logps, static.ref_logps, static.similarity, backend)
-        result = objectives.get(name)(inputs, **options)
-        (gradient,) = torch.autograd.grad(result.losses.sum(), static.logps)
-        return result.losses.detach(), gradient, result.stats
+    def step(x: Inputs) -> tuple[Tensor, ...]:
+        result = objectives.get(name)(Inputs(x.layout, x.logps, x.ref_logps, x.similarity, backend), **options)
+        (gradient,) = torch.autograd.grad(result.losses.sum(), x.logps)
+        return result.losses.detach(), gradient, *result.stats.values()
 
-    expected = [
-        [v.clone() for v in (r.losses.detach(), *torch.autograd.grad(r.losses.sum(), x.logps))]
-        for x in filled
-        for r in [objectives.get(name)(x, **options)]
-    ]
-    own = [t.detach().clone() for t in (filled[0].logps, filled[0].ref_logps, filled[0].similarity)]
+    expected = [step(x) for x in filled]
+    assert not torch.equal(expected[0][0], expected[1][0])
+    static = padded_inputs(problems[0], batches()[0].layout().padded_to(**CAPACITY), backend)
+    replay, outputs = (capture if graph else repeat)(lambda: step(static))
+    for which in (1, 0, 1):
+        static.layout.copy_(layouts[which])
+        with torch.no_grad():
+            for name_of in ("logps", "ref_logps", "similarity"):
+                getattr(static, name_of).copy_(getattr(filled[which], name_of))
+        replay()
+        for got, wanted in zip(outputs, expected[which], strict=True):
+            assert torch.equal(got, wanted)
+
+
+def repeat(step):
+    """A function that runs `step` again, and the list of what it gave last."""
+    outputs: list[Tensor] = []
+
+    def replay() -> None:
+        outputs[:] = step()
+
+    return replay, outputs
+
+
+def capture(step):
+    """A function that replays the captured `step`, and the tensors that it writes."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -462,16 +491,8 @@ def test_a_captured_graph_replays_with_another_batch(name, backend):
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        losses, gradient, _ = step()
-    sources = [own, [filled[1].logps.detach(), filled[1].ref_logps, filled[1].similarity]]
-    for which in (1, 0, 1):
-        static.layout.copy_(padded[which])
-        with torch.no_grad():
-            for mine, its in zip((static.logps, static.ref_logps, static.similarity), sources[which], strict=True):
-                mine.copy_(its)
-        graph.replay()
-        assert torch.equal(losses, expected[which][0])
-        assert torch.equal(gradient, expected[which][1])
+        outputs = step()
+    return graph.replay, outputs
 
 
 # --- torch.compile ---
@@ -514,13 +535,7 @@ def test_inductor(name):
 
 def test_the_operators_pass_opcheck(device):
     x = make(LAYOUT, 0, device)
-    layout = x.layout
-    where = (layout.sentence_offsets, layout.response_offsets, layout.with_role(0), layout.with_role(1))
-    arguments = (
-        x.logps, x.ref_logps, x.similarity, layout.perplexity_mask, *where, layout.chosen_starts, 5,
-        0.1, 0.5, "sentence", "policy", "ppl", True, True,
-    )  # fmt: skip
-    torch.library.opcheck(_aspo_forward, arguments)
+    torch.library.opcheck(_aspo_forward, operator_arguments(x, complete=True))
     values, offsets = torch.randn(ENTRIES, device=device, requires_grad=True), OFFSETS.to(device)
     for use_triton in (False, True):
         ops = torch.ops.aspo_kernels
