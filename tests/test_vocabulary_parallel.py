@@ -193,6 +193,21 @@ def test_every_process_raises_its_own_shift(ranks, schedule):
     check_shards(ranks, problem, cuts, schedule)
 
 
+@pytest.mark.parametrize("schedule", ["none", "frozen", "stored", "recompute"])
+def test_near_certain_targets_keep_their_digits(ranks, schedule):
+    """-logp down to 1e-8, with all logits far below 0: the owner's z_y is the shift of all, though 0 is larger."""
+    problem = Problem(40, 150, 32, torch.float32, spread=1.0)
+    rows = problem.head[problem.targets].double()
+    problem.hidden = (rows / rows.norm(dim=1, keepdim=True) ** 2 * 20).float()
+    problem.bias = torch.full((150,), -200.0)
+    expected = problem.oracle()[0]
+    assert -1e-5 < expected.max() < 0
+    for cuts in CUTS[ranks.size].values():
+        check_shards(ranks, problem, cuts, schedule)
+        logps = ranks.run(run_shard, portable(problem), cuts, schedule)[0][0]
+        torch.testing.assert_close(logps, expected, rtol=2e-4, atol=0)
+
+
 def test_a_target_in_each_row(ranks):
     """Each shard's first and last row among them."""
     for cuts in CUTS[ranks.size].values():
