@@ -127,8 +127,8 @@ def _no_triton(device: str, dtype: str) -> dict[str, str]:
     return {} if reason is None else {"aspo_kernels, triton": reason}
 
 
-def _ours(device: str, dtype: str, trainable: bool) -> tuple[list[Contender], dict[str, str]]:
-    """Each backend, each candidate, each schedule."""
+def every_way_of_ours(device: str, dtype: str, trainable: bool) -> tuple[list[Contender], dict[str, str]]:
+    """Each backend, each candidate, each schedule that runs on this device; and why Triton does not."""
     schedules = {"stored": 2**62, "recompute": 0} if trainable else {"frozen": None}
     missing = _no_triton(device, dtype)
     ways = [("triton", c) for c in ("tile", "fused") if not missing] + [("torch", None)]
@@ -282,6 +282,6 @@ def load(
         if trainable_head:
             mine.append(ours("aspo_kernels, recompute", "recompute", budget=0))
     else:
-        mine, missing = _ours(device, dtype, trainable_head)
+        mine, missing = every_way_of_ours(device, dtype, trainable_head)
     peers, missing_peers = _peers(device or "cpu")
     return [Contender("eager PyTorch", eager, schedule="eager"), *mine, *peers], missing | missing_peers

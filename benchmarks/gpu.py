@@ -31,7 +31,7 @@ from benchmarks.timing import Clock, ceilings
 
 POLICY = (Work(), Work(trainable=True))
 WITH_REFERENCE = Work(reference=True)
-Save = Callable[[list[Row], list[str]], None]
+Save = Callable[[], None]
 LEAST_SECONDS = 5.0  # a case is not begun with less time left
 
 
@@ -62,10 +62,8 @@ def chosen_groups(args: argparse.Namespace) -> list[Group]:
     return [g for g in kept if g.works]
 
 
-def run(groups: list[Group], bench: Bench, deadline: float, save: Save) -> tuple[list[Row], list[str]]:
-    """Rows of every group that the time allows, and the names of what was left out."""
-    rows: list[Row] = []
-    left_out = []
+def run(groups: list[Group], bench: Bench, deadline: float, rows: list[Row], left_out: list[str], save: Save) -> None:
+    """Adds to rows what the time allows, to left_out the names of the rest, group by group."""
     for at, group in enumerate(groups):
         remaining = deadline - time.perf_counter()
         if remaining < LEAST_SECONDS:
@@ -75,16 +73,15 @@ def run(groups: list[Group], bench: Bench, deadline: float, save: Save) -> tuple
         try:
             new = measure(group, group.works, bench, 0.4 * remaining / works_left)
         except torch.OutOfMemoryError:
-            left_out += [f"{group.label(work)}: out of memory in the oracle" for work in group.works]
+            left_out += [f"{group.label(work)}: out of memory beside the contenders" for work in group.works]
             torch.cuda.empty_cache()
             continue
         rows += new
         for row in new:
             print(_line(row), flush=True)
-        save(rows, left_out)
+        save()
         if bench.device == "cuda":
             torch.cuda.empty_cache()
-    return rows, left_out
 
 
 def _line(row: Row) -> str:
@@ -139,6 +136,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything; what does not fit is listed")
     parser.add_argument("--only", default="", metavar="PATTERN", help="regular expression on the cases' names")
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder for gpu.csv and gpu.json")
+    parser.add_argument("--commit", help="recorded with the results where git cannot say")
     for option in ("quick", "check", "tune", "sanitize", "smoke"):
         parser.add_argument(f"--{option}", action="store_true")
     args = parser.parse_args()
@@ -155,6 +153,7 @@ def main() -> None:
     if args.sanitize:
         sys.exit(sanitize.run())
     header, clock = machine(args.device), Clock(args.device)
+    header |= {"commit": args.commit} if args.commit else {}
     ceiling = ceilings(args.device, clock, 256 if args.smoke else 8192)
     header |= {name: f"{value:.3g}" for name, value in ceiling.items()}
     print(", ".join(f"{k}: {v}" for k, v in header.items()))
@@ -167,7 +166,10 @@ def main() -> None:
         print(tune.sweep(clock, deadline, re.compile(args.only)))
         return
 
-    def save(rows: list[Row], left_out: list[str]) -> None:
+    rows: list[Row] = []
+    left_out: list[str] = []
+
+    def save() -> None:
         if args.smoke or args.check:
             return
         results.write(args.out / "gpu.csv", header, rows, FIELDS)
@@ -176,11 +178,13 @@ def main() -> None:
 
     rounds = 3 if args.smoke else 5 if args.quick else 15
     bench = Bench(args.device, clock, device, rounds, slack=2.0 if args.smoke else 1.0)
-    rows, left_out = run(chosen_groups(args), bench, deadline, save)
-    save(rows, left_out)
-    print(f"\n{summary(rows)}")
-    for name in left_out:
-        print(f"left out: {name}")
+    try:
+        run(chosen_groups(args), bench, deadline, rows, left_out, save)
+    finally:  # also after an error that has broken the device
+        save()
+        print(f"\n{summary(rows)}")
+        for name in left_out:
+            print(f"left out: {name}")
     failed = [row for row in rows if str(row.get("check", "")).startswith("FAILED")]
     for row in failed:
         print(f"WRONG: {_line(row)}")

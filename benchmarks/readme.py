@@ -72,7 +72,8 @@ def gpu_table(path: Path = GPU) -> str:
         peers = [r for r in members if r not in ours and r["contender"] != "eager PyTorch"]
         if not ours:
             continue
-        best, fastest = (min(group, key=lambda r: float(r["median_ms"]), default=None) for group in (ours, peers))
+        best = min(ours, key=lambda r: float(r["median_ms"]))
+        fastest = min(peers, key=lambda r: float(r["median_ms"]), default=None)
         eager = next((r for r in members if r["contender"] == "eager PyTorch"), {"median_ms": "out of memory"})
         peer = f"{fastest['median_ms']} ({fastest['contender'].split(',')[0]})" if fastest else "none ran"
         cells = [name, f"{int(tokens):,}", f"{head}, {dtype}, {work}", best["floor_ms"],

@@ -14,7 +14,7 @@ from itertools import product
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.contenders import load
+from benchmarks.contenders import every_way_of_ours
 
 TOOLS = ("memcheck", "racecheck")
 SIZES = ((1, 16, 17), (37, 72, 701), (130, 264, 1031))  # N, H, V: one token, odd ones, more than a block of each
@@ -42,8 +42,8 @@ def small_shapes() -> None:
     """Forward, backward and a reference's forward of every schedule and candidate at odd sizes, bf16 and fp32."""
     for (tokens, hidden, vocabulary), dtype, trainable in product(SIZES, ("bf16", "fp32"), (False, True)):
         inputs = Case(tokens, hidden, vocabulary, dtype, trainable_head=trainable, reference=True).inputs("cuda")
-        for contender in load(trainable, "cuda", dtype)[0]:
-            if contender.ours and "triton" in contender.name:
+        for contender in every_way_of_ours("cuda", dtype, trainable)[0]:
+            if "triton" in contender.name:
                 contender.step(inputs)
                 torch.cuda.synchronize()
                 print(f"N {tokens} H {hidden} V {vocabulary} {dtype} {contender.name}", flush=True)

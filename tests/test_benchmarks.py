@@ -151,8 +151,9 @@ def test_one_group_end_to_end_and_what_the_time_leaves_out(capsys: pytest.Captur
     group = suite.Group("tiny", replace(tiny(), tokens=6), (Work(trainable=True), Work(reference=True)))
     bench = suite.Bench("cpu", Clock("cpu"), DEVICES["H100"], rounds=3, slack=2.0)
     saved: list[int] = []
-    late = time.perf_counter() + 60
-    rows, left_out = gpu.run([group], bench, late, lambda rows, left_out: saved.append(len(rows)))
+    rows: list[suite.Row] = []
+    left_out: list[str] = []
+    gpu.run([group], bench, time.perf_counter() + 300, rows, left_out, lambda: saved.append(len(rows)))
     assert left_out == [] and saved == [len(rows)]
     mine = [r for r in rows if r["contender"] == "aspo_kernels, torch, recompute"]
     assert len(mine) == 1 and mine[0]["check"] == "ok" and mine[0]["identical"] is True
@@ -172,7 +173,8 @@ def test_one_group_end_to_end_and_what_the_time_leaves_out(capsys: pytest.Captur
     assert mine[0]["floor_ms"] == pytest.approx(2 * bare["bare z"] + bare["bare dX"], abs=3e-4)
     table = gpu.summary(rows).splitlines()
     assert len(table) == 3 and table[1].startswith("tiny 6 fp32 trainable policy |")
-    rows, left_out = gpu.run([group], bench, time.perf_counter() + 1, lambda rows, left_out: None)
+    rows.clear()
+    gpu.run([group], bench, time.perf_counter() + 1, rows, left_out, lambda: None)
     assert rows == [] and left_out[1:] == ["tiny N 6 fp32 random frozen policy+reference: no time left"]
 
 
