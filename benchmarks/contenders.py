@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -216,10 +217,10 @@ def _cut_cross_entropy(device: str) -> list[Contender]:
         raise ImportError("its kernels need a GPU")
     return [
         Contender(
-            f"cut-cross-entropy, {impl}",
-            lambda x, w, y, impl=impl: -linear_cross_entropy(x, w, y, reduction="none", impl=impl),
+            f"cut-cross-entropy{name}",
+            lambda x, w, y, options=options: -linear_cross_entropy(x, w, y, reduction="none", **options),
         )
-        for impl in ("cce", "cce_exact")  # with its gradient filter, as users get it; and without
+        for name, options in (("", {}), (", no gradient filter", {"filter_eps": None}))
     ]
 
 
@@ -228,12 +229,12 @@ def _quack(device: str) -> list[Contender]:
 
     if device == "cpu":
         raise ImportError("its kernels need a GPU")
+    # Newer versions weigh tokens, with weights known before the forward; 0.6 sums them.
+    weighted = "token_weights" in inspect.signature(chunked_linear_cross_entropy).parameters
 
-    def weighted(inputs: Inputs) -> Tensor:
-        weights = -inputs.upstream  # must be known before the forward; refused by versions without token_weights
-        loss = chunked_linear_cross_entropy(
-            inputs.hidden, inputs.head, inputs.targets, reduction="sum", token_weights=weights
-        )
+    def loss(inputs: Inputs) -> Tensor:
+        options = {"token_weights": -inputs.upstream} if weighted else {}
+        loss = chunked_linear_cross_entropy(inputs.hidden, inputs.head, inputs.targets, reduction="sum", **options)
         if inputs.ref_hidden is not None:
             with torch.no_grad():
                 chunked_linear_cross_entropy(inputs.ref_hidden, inputs.head, inputs.targets, reduction="sum")
@@ -242,9 +243,10 @@ def _quack(device: str) -> list[Contender]:
     def per_token(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         return -linear_cross_entropy_func(hidden, head, None, targets, reduction="none")
 
+    how = "weights known beforehand" if weighted else "a sum, no per-token output"
     return [
         Contender("quack linear_cross_entropy, full logits", per_token),
-        Contender("quack chunked_linear_cross_entropy (weights known beforehand)", loss=weighted, weighted=True),
+        Contender(f"quack chunked_linear_cross_entropy ({how})", loss=loss, weighted=weighted),
     ]
 
 

@@ -117,8 +117,8 @@ def summary(rows: list[Row]) -> str:
         for r in members:
             if "check" in r and not str(r["contender"]).startswith("aspo_kernels"):
                 short = " ".join(str(r["contender"]).split()[:2]).rstrip(",")
-                ratio = float(str(r["median_ms"])) / float(str(best["median_ms"])) if "median_ms" in r else None
-                peers.append(f"{short} {ratio:.2f}x" if ratio else f"{short}: {str(r['status'])[:24]}")
+                ran = "over_best_of_ours" in r
+                peers.append(f"{short} {r['over_best_of_ours']}x" if ran else f"{short}: {str(r['status'])[:24]}")
         lines.append(f"{key} | {best['floor_ms']:.2f} | {name} | {best['median_ms']:.2f} | {best['over_floor']} | "
                      f"{best.get('over_predicted', '-')} | {memory} | {'; '.join(peers)}")  # fmt: skip
     return "\n".join(lines)

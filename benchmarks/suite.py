@@ -22,7 +22,7 @@ BARE = {"frozen": ("z", "dX"), "stored": ("z", "dX", "dW"), "recompute": ("z", "
 
 FIELDS = ("model", "tokens", "hidden", "vocabulary", "dtype", "logits", "head", "work", "contender", "status",
           "median_ms", "fastest_ms", "slowest_ms", "rounds", "floor_ms", "over_floor", "over_fp32_out_floor",
-          "predicted_ms", "over_predicted", "eager_over_this", "extra_mib", "predicted_extra_mib",
+          "predicted_ms", "over_predicted", "eager_over_this", "over_best_of_ours", "extra_mib", "predicted_extra_mib",
           "logps_error_nats", "margin_error_nats", "hidden_grad_error", "head_grad_error", "identical",
           "check")  # fmt: skip
 Row = dict[str, object]
@@ -83,8 +83,11 @@ def measure(group: Group, works: Iterable[Work], bench: Bench, seconds: float) -
         same = {"model": group.model, **size, **dict(zip(("head", "work"), str(work).split(), strict=True))}
         alive = [c for c in contenders if checked[c.name]["status"] == "ran"]
         times = _times(alive, given, bench, seconds) if group.timed else {}
+        mine = [statistics.median(times[c.name]) for c in alive if c.ours and group.timed]
         for c in contenders:
             timed = _figures(c, case, work, times, bench) if c in alive and group.timed else {}
+            if timed and mine:
+                timed["over_best_of_ours"] = round(statistics.median(times[c.name]) / min(mine), 3)
             rows.append({**same, "contender": c.name, **checked[c.name], **timed})
         for name in [n for n in times if n not in checked]:
             rows.append({**same, "contender": name, "status": "ran", **_spread(times[name])})
