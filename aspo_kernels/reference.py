@@ -175,3 +175,21 @@ def linear_stats(
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0)).sum(-1)
     target = z.gather(-1, targets[:, None])
     return token_logps(z, targets), entropy, z.logsumexp(-1), (z <= target).all(-1)
+
+
+def linear_token_kl(
+    hidden: Tensor,
+    ref_hidden: Tensor,
+    head: Tensor,
+    ref_head: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    **epilogue: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """KL(reference || policy) over the vocabulary at every token, and log p_y of policy and reference.  (N,) each."""
+    z = logits(hidden, head, bias, **epilogue)  # type: ignore[arg-type]
+    ref_z = logits(ref_hidden, ref_head, ref_bias, **epilogue).detach()  # type: ignore[arg-type]
+    log_p, ref_log_p = z.log_softmax(-1), ref_z.log_softmax(-1)
+    terms = torch.where(ref_log_p == -math.inf, 0, ref_log_p.exp() * (ref_log_p - log_p))
+    return terms.sum(-1), token_logps(z, targets), token_logps(ref_z, targets)

@@ -50,7 +50,7 @@ def write_stats_grad(z: Tensor, y: Tensor, head: Head, part: slice, rows: Tensor
 
 def add_pair_(
     chunk: Chunk,
-    moment: Tensor,  # (n,)
+    extra: Tensor,  # (2, n)
     z: Tensor,  # (n, v)
     ref_z: Tensor,  # (n, v)
     head: Head,
@@ -58,11 +58,13 @@ def add_pair_(
     part: slice,
     operand_dtype: torch.dtype | None,
 ) -> Tensor | None:
-    """One slice of the vocabulary to shift and total of n policy rows and n reference rows, and to the moment.
+    """One slice of the vocabulary to shift and total of n policy rows and n reference rows, and to extra.
 
-    moment: sum_{v != y} R_v (u_ref - u), u = z - shift, with the policy's E = exp(u) and the reference's R.
+    extra: sum_{v != y} R_v (u_ref - u), u = z - shift, with the policy's E = exp(u) and the reference's R; and
+    sum_{v != y} (R - E), which keeps digits that the difference of the totals has lost where the two are close.
     Returns (2n, v): E d and (R - E) d, d the policy's derivative of the soft-cap; None if operand_dtype is.
     """
+    moment, difference = extra
     n = moment.shape[0]
     derivative = _logits_(z, head, part)
     _logits_(ref_z, ref_head, part)
@@ -75,6 +77,7 @@ def add_pair_(
     e, ref_e = u.exp(), ref_u.exp()
     moment.add_((lower[n:] - lower[:n]) * chunk.total[n:]).mul_(rescale[n:])
     moment.add_(torch.where(ref_e > 0, ref_e * (ref_u - u), 0).sum(1))
+    difference.mul_(rescale[n:]).add_((rescale[n:] - rescale[:n]) * chunk.total[:n]).add_((ref_e - e).sum(1))
     chunk.total.mul_(rescale).add_(torch.cat([e.sum(1), ref_e.sum(1)]))
     chunk.shift.copy_(shift)
     if chunk.weighted is None or operand_dtype is None:

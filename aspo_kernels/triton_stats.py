@@ -81,12 +81,12 @@ def _stats_grad_kernel(
 
 @triton.jit
 def _add_pair_kernel(
-    z_ptr, ref_z_ptr, bias_ptr, ref_bias_ptr, y_ptr, sums_ptr, moment_ptr, e_ptr, weighted_ptr,
+    z_ptr, ref_z_ptr, bias_ptr, ref_bias_ptr, y_ptr, sums_ptr, extra_ptr, e_ptr, weighted_ptr,
     stride_zn, stride_rn, stride_en, stride_wn, N, start, width, H, logit_scale, softcap, temperature,
     HAS_BIAS: tl.constexpr, HAS_REF_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_E: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """sums (2, 2 N): shifts of policy and reference, totals.  moment (N,).  e (2 N, width), weighted (2 N, H)."""
+    """sums (2, 2 N): shifts of policy and reference, totals.  extra (2, N).  e (2 N, width), weighted (2 N, H)."""
     n = tl.program_id(0).to(tl.int64)
     offs_v = tl.arange(0, BLOCK_V)
     mask_v = offs_v < width
@@ -106,8 +106,10 @@ def _add_pair_kernel(
     u, ref_u = z - shift, ref_z - ref_shift
     e, ref_e = tl.where(rival, tl.exp(u), 0.0), tl.where(rival, tl.exp(ref_u), 0.0)
     total, ref_total = tl.load(sums_ptr + 2 * N + n), tl.load(sums_ptr + 3 * N + n)
-    moment = (tl.load(moment_ptr + n) + (ref_lower - lower) * ref_total) * ref_rescale
-    tl.store(moment_ptr + n, moment + tl.sum(tl.where(ref_e > 0, ref_e * (ref_u - u), 0.0)))
+    moment = (tl.load(extra_ptr + n) + (ref_lower - lower) * ref_total) * ref_rescale
+    difference = tl.load(extra_ptr + N + n) * ref_rescale + (ref_rescale - rescale) * total
+    tl.store(extra_ptr + n, moment + tl.sum(tl.where(ref_e > 0, ref_e * (ref_u - u), 0.0)))
+    tl.store(extra_ptr + N + n, difference + tl.sum(ref_e - e))
     tl.store(sums_ptr + n, shift)
     tl.store(sums_ptr + N + n, ref_shift)
     tl.store(sums_ptr + 2 * N + n, total * rescale + tl.sum(e))
@@ -115,8 +117,7 @@ def _add_pair_kernel(
     if HAS_E:
         e_type = e_ptr.dtype.element_ty
         tl.store(e_ptr + n * stride_en + offs_v, (e * derivative).to(e_type), mask=mask_v)
-        difference = (ref_e - e) * derivative
-        tl.store(e_ptr + (N + n) * stride_en + offs_v, difference.to(e_type), mask=mask_v)
+        tl.store(e_ptr + (N + n) * stride_en + offs_v, ((ref_e - e) * derivative).to(e_type), mask=mask_v)
         if (lower != 0) | (ref_lower != 0):
             for h in range(0, H, BLOCK_H):
                 offs_h = h + tl.arange(0, BLOCK_H)
@@ -179,7 +180,7 @@ def write_stats_grad(z: Tensor, y: Tensor, head: Head, part: slice, rows: Tensor
 
 
 def add_pair_(
-    chunk: Chunk, moment: Tensor, z: Tensor, ref_z: Tensor, head: Head, ref_head: Head, part: slice,
+    chunk: Chunk, extra: Tensor, z: Tensor, ref_z: Tensor, head: Head, ref_head: Head, part: slice,
     operand_dtype: torch.dtype | None,
 ) -> Tensor | None:  # fmt: skip
     """As torch_stats.add_pair_."""
@@ -189,7 +190,7 @@ def add_pair_(
     e = z.new_empty(2 * n, width, dtype=operand_dtype) if has_e else z
     weighted = chunk.weighted if chunk.weighted is not None and has_e else z
     _add_pair_kernel[(n,)](
-        z, ref_z, bias, ref_bias, chunk.y, chunk.sums, moment, e, weighted, z.stride(0), ref_z.stride(0),
+        z, ref_z, bias, ref_bias, chunk.y, chunk.sums, extra, e, weighted, z.stride(0), ref_z.stride(0),
         e.stride(0), weighted.stride(0), n, part.start, width, weighted.shape[1], *scalars(head.epilogue),
         HAS_BIAS=bias is not None, HAS_REF_BIAS=ref_bias is not None, HAS_SOFTCAP=head.epilogue.softcap is not None,
         HAS_E=has_e, BLOCK_V=block, BLOCK_H=1024, num_warps=row_warps(block),
