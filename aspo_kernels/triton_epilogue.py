@@ -30,10 +30,10 @@ def logits(z, bias, logit_scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr
     z = (z + bias) * logit_scale
     derivative = 1.0
     if HAS_SOFTCAP:
-        tanh = 1 - 2 / (tl.exp(2 * z / softcap) + 1)  # where exp overflows, tanh is 1, as it should be
+        tanh = 1 - 2 / (tl.exp(z * (2 / softcap)) + 1)  # where exp overflows, tanh is 1, as it should be
         z = softcap * tanh
         derivative = 1 - tanh * tanh
-    return z / temperature, derivative
+    return z * (1 / temperature), derivative
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def target_entry(total, z_y, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
     """What stands for the target in E d: -S d_y."""
     entry = -total
     if HAS_SOFTCAP:
-        tanh = z_y * temperature / softcap
+        tanh = z_y * (temperature / softcap)
         entry *= 1 - tanh * tanh
     return entry
 

@@ -15,6 +15,9 @@ from torch import Tensor
 from aspo_kernels.tiles import Chunk, Head
 from aspo_kernels.triton_epilogue import logits, max_lead, rescale_row, scalars
 
+# The longest rows, in entries, of operands that this kernel takes: offsets within a block then fit an int32.
+MAX_STRIDE = 2**23
+
 
 @triton.jit
 def _fused_kernel(
@@ -33,12 +36,13 @@ def _fused_kernel(
     rows = tl.minimum(blocks_n - group * GROUP_N, GROUP_N)
     block_n = group * GROUP_N + tl.program_id(0) % (GROUP_N * blocks_v) % rows
     block_v = tl.program_id(0) % (GROUP_N * blocks_v) // rows
-    offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_v = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    # int64 where a block begins; within one, MAX_STRIDE keeps int32 enough and spares registers.
+    in_n, in_v, offs_h = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_H)
+    first_n, first_v = (block_n * BLOCK_N).to(tl.int64), (block_v * BLOCK_V).to(tl.int64)
+    offs_n, offs_v = block_n * BLOCK_N + in_n, block_v * BLOCK_V + in_v
     mask_n, mask_v = offs_n < N, offs_v < width
-    offs_h = tl.arange(0, BLOCK_H)
-    x_ptrs = x_ptr + offs_n.to(tl.int64)[:, None] * stride_xn + offs_h[None, :]
-    w_ptrs = w_ptr + offs_v.to(tl.int64)[None, :] * stride_wv + offs_h[:, None]
+    x_ptrs = x_ptr + first_n * stride_xn + (in_n[:, None] * stride_xn + offs_h[None, :])
+    w_ptrs = w_ptr + first_v * stride_wv + (in_v[None, :] * stride_wv + offs_h[:, None])
     z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     for h in range(0, H, BLOCK_H):
         x = tl.load(x_ptrs, mask=mask_n[:, None] & (offs_h[None, :] < H - h), other=0.0)
@@ -56,14 +60,15 @@ def _fused_kernel(
         entry = tl.load(entry_ptr + offs_n, mask=mask_n, other=0.0)
         e = tl.where(target, entry[:, None], tl.exp(z - shift[:, None]) * derivative)
     else:
-        highest = tl.max(tl.where(mask_v[None, :], z, float("-inf")), 1)
+        z = tl.where(mask_v[None, :], z, float("-inf"))
+        highest = tl.max(z, 1)
         shift = tl.where(highest > shift + lead, highest, shift)
-        e = tl.where(mask_v[None, :] & (target == 0), tl.exp(z - shift[:, None]), 0.0)
+        e = tl.where(target, 0.0, tl.exp(z - shift[:, None]))
         tl.store(partial_ptr + block_v * N + offs_n, shift, mask=mask_n)
         tl.store(partial_ptr + (blocks_v + block_v) * N + offs_n, tl.sum(e, 1), mask=mask_n)
         e *= derivative
     if HAS_E:
-        e_ptrs = e_ptr + offs_n.to(tl.int64)[:, None] * stride_en + offs_v[None, :]
+        e_ptrs = e_ptr + first_n * stride_en + (in_n[:, None] * stride_en + offs_v[None, :])
         tl.store(e_ptrs, e.to(e_ptr.dtype.element_ty), mask=(offs_n < m)[:, None] & mask_v[None, :])
 
 
@@ -103,14 +108,18 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-def fused_blocks(dtype: torch.dtype) -> Blocks:
-    """The fused kernel's blocks on the current device: the operands of all stages have to fit its shared memory."""
+def fused_blocks(dtype: torch.dtype, softcap: bool) -> Blocks:
+    """The fused kernel's blocks on the current device.
+
+    The operands of all stages have to fit its shared memory, and the fp32 block its registers, twice with a soft-cap.
+    """
     if dtype == torch.float32:
         return Blocks(64, 64, 32, 4, 2)
     arch = _arch()
     if isinstance(arch, str):  # AMD
         return Blocks(128, 128, 64, 8, 2)
-    return Blocks(128, 256, 64, 8, 3) if arch in (90, 100, 103) else Blocks(128, 128, 64, 8, 3)
+    large = arch in (90, 100, 103) and not softcap
+    return Blocks(128, 256, 64, 8, 3) if large else Blocks(128, 128, 64, 8, 3)
 
 
 def fused_tile(
@@ -125,7 +134,7 @@ def fused_tile(
 ) -> None:
     """One slice of the vocabulary: E d of the first m tokens, and the chunk's sums."""
     n, width = chunk.y.shape[0], part.stop - part.start
-    blocks = fused_blocks(chunk.x.dtype)
+    blocks = fused_blocks(chunk.x.dtype, head.epilogue.softcap is not None)
     count = triton.cdiv(width, blocks.v)
     partial = chunk.sums.new_empty(2, count, n)
     _launch(chunk.x, chunk.y, head, part, chunk.shift, None, e, m, partial, blocks)
@@ -137,7 +146,18 @@ def fused_tile(
 
 def fused_again(x: Tensor, y: Tensor, head: Head, part: slice, shift: Tensor, entry: Tensor, out: Tensor) -> None:
     """As torch_head.exps_again."""
-    _launch(x, y, head, part, shift, entry, out, out.shape[0], shift, fused_blocks(x.dtype))
+    _launch(
+        x,
+        y,
+        head,
+        part,
+        shift,
+        entry,
+        out,
+        out.shape[0],
+        shift,
+        fused_blocks(x.dtype, head.epilogue.softcap is not None),
+    )
 
 
 def _launch(

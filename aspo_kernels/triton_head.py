@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aspo_kernels.tiles import Chunk, Head, gradient_operand_dtype, widen
 from aspo_kernels.triton_epilogue import logits, max_lead, rescale_row, scalars, target_entry
-from aspo_kernels.triton_fused import fused_again, fused_tile
+from aspo_kernels.triton_fused import MAX_STRIDE, fused_again, fused_tile
 
 CANDIDATE = "tile"  # or "fused": private, until a GPU has said which is faster where
 
@@ -292,9 +292,10 @@ def exps_again(x: Tensor, y: Tensor, head: Head, part: slice, shift: Tensor, tar
 def _operand(x: Tensor, fuses: bool) -> Tensor:
     """Hidden states as the products want them, each row contiguous."""
     x = x if fuses else widen(x)
-    return x if x.stride(1) == 1 else x.contiguous()
+    return x if x.stride(1) == 1 and x.stride(0) <= MAX_STRIDE else x.contiguous()
 
 
 def _fuses(head: Head) -> bool:
     """Whether the fused kernel takes this head; the other way takes all."""
-    return CANDIDATE == "fused" and head.lora is None and head.weight.stride(1) == 1
+    rows_fit = head.weight.stride(1) == 1 and max(head.weight.stride(0), head.size) <= MAX_STRIDE
+    return CANDIDATE == "fused" and head.lora is None and rows_fit

@@ -30,7 +30,7 @@ def candidate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(tiles, "GPU_TILE", small)
     monkeypatch.setattr(triton_head, "CANDIDATE", request.param)
     if not torch.cuda.is_available():  # several blocks a tile, at a size that the interpreter can run
-        monkeypatch.setattr(triton_fused, "fused_blocks", lambda dtype: triton_fused.Blocks(16, 32, 16, 1, 1))
+        monkeypatch.setattr(triton_fused, "fused_blocks", lambda dtype, softcap: triton_fused.Blocks(16, 32, 16, 1, 1))
     return request.param
 
 
