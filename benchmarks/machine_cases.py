@@ -19,6 +19,8 @@ from torch import Tensor
 
 import aspo_kernels
 from aspo_kernels import SentenceLayout, linear_logps, segments, sentence_dpo_loss_from_logits, token_logps
+from aspo_kernels.linear_stats import linear_stats
+from aspo_kernels.linear_token_kl import linear_token_kl
 from aspo_kernels.tiles import Epilogue, Head
 
 TOKENS, ODD_TOKENS, SENTENCES = 2048, 975, 96
@@ -64,14 +66,34 @@ def _head(
             logps.sum().backward()
 
 
-def _shard(statistics: bool) -> None:
+def _stats(dtype: torch.dtype, head_grad: bool, **options: Any) -> None:
+    width, vocabulary = LLAVA
+    stats = linear_stats(
+        _empty(TOKENS, width, dtype=dtype, requires_grad=True),
+        _empty(vocabulary, width, dtype=dtype, requires_grad=head_grad),
+        _empty(TOKENS, dtype=torch.int64),
+        bias=_empty(vocabulary, dtype=dtype, requires_grad=True) if head_grad else None,
+        **options,
+    )
+    (stats.logps.sum() + stats.entropy.sum() + stats.lse.sum()).backward()
+
+
+def _token_kl(head_grad: bool, **options: Any) -> None:
+    width, vocabulary = LLAVA
+    hidden, ref_hidden = _empty(TOKENS, width, dtype=BF16, requires_grad=True), _empty(TOKENS, width, dtype=BF16)
+    head = _empty(vocabulary, width, dtype=BF16, requires_grad=head_grad)
+    targets = _empty(TOKENS, dtype=torch.int64)
+    out = linear_token_kl(hidden, ref_hidden, head, None, targets, **options)
+    (out.logps.sum() + out.kl.sum()).backward()
+
+
+def _shard() -> None:
     """What a process that holds a part of the head launches between the collectives."""
     from aspo_kernels import triton_head
 
     width, vocabulary = LLAVA
     head = Head(_empty(vocabulary, width, dtype=BF16), None, None, Epilogue(), sharded=True)
-    x, y = _empty(TOKENS, width, dtype=BF16), _empty(TOKENS, dtype=torch.int64)
-    chunk = triton_head.start(x, y, head, statistics)
+    chunk = triton_head.start(_empty(TOKENS, width, dtype=BF16), _empty(TOKENS, dtype=torch.int64), head)
     chunk.weighted = _empty(TOKENS, width)
     triton_head.exps_tile(chunk, head, slice(0, 4096), BF16)
     triton_head.raise_to(chunk, head, _empty(TOKENS))
@@ -112,8 +134,11 @@ CASES: dict[str, Callable[[], None]] = {
     "head bf16, soft-cap, LoRA": partial(_head, BF16, rank=8, softcap=30.0),
     "head fp16, trainable": partial(_head, FP16, head_grad=True, memory_budget=KEEP),
     "head fp32, recomputed": partial(_head, FP32, head_grad=True, memory_budget=RECOMPUTE),
-    "shard of a head bf16": partial(_shard, False),
-    "shard of a head bf16, statistics": partial(_shard, True),
+    "statistics bf16": partial(_stats, BF16, False),
+    "statistics fp16, trainable": partial(_stats, FP16, True, softcap=30.0),
+    "KL bf16": partial(_token_kl, False),
+    "KL bf16, trainable, soft-cap": partial(_token_kl, True, softcap=30.0),
+    "shard of a head bf16": _shard,
     "fused bf16, no gradient": partial(_head, BF16, hidden_grad=False, candidate="fused"),
     "fused bf16, recomputed": partial(
         _head, BF16, tokens=ODD_TOKENS, head_grad=True, memory_budget=RECOMPUTE, candidate="fused"

@@ -225,9 +225,9 @@ def differences(rows: Iterable[Row], path: Path = TABLE) -> list[str]:
 
 def report(rows: Iterable[Row]) -> str:
     """A line for each row, for reading."""
-    head = f"{'kernel':36} {'target':7} {'case':28} warps stages regs stack spilled  shared  tmem matrix  dots"
+    head = f"{'kernel':38} {'target':7} {'case':36} warps stages regs stack spilled  shared  tmem matrix  dots"
     lines = [
-        f"{r.kernel:36} {r.target:7} {r.case:28} {r.num_warps:5} {r.num_stages:6} {r.registers:4} {r.stack_bytes:5} "
+        f"{r.kernel:38} {r.target:7} {r.case:36} {r.num_warps:5} {r.num_stages:6} {r.registers:4} {r.stack_bytes:5} "
         f"{r.spill_store_bytes + r.spill_load_bytes:7} {r.shared_bytes:7} {r.tensor_memory_columns:5} "
         f"{r.matrix_instructions:6}  {r.dots}"
         for r in rows

@@ -198,3 +198,8 @@ def test_a_table_out_of_date_is_found(toys: dict[str, Any]) -> None:
         (line,) = toys[name]
         assert words in line, name
     assert toys["other compiler"] == []  # which may use other registers
+
+
+def test_the_library_holds_what_the_committed_table_says() -> None:
+    done = run("-m", "benchmarks.machine_code", "--check")
+    assert done.returncode == 0, done.stderr
