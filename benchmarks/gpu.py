@@ -98,7 +98,7 @@ def _line(row: Row) -> str:
 def summary(rows: list[Row]) -> str:
     """A line per case: the best of ours over the bare products and the prediction, and how much slower each peer is."""
     lines = [
-        "case | floor ms | best of ours | ms | over floor | over predicted | MiB, eager/ours | peers' time over ours"
+        "case | floor ms | best of ours | ms | over floor | over predicted | MiB: ours, eager | peers' time over ours"
     ]
     cases: dict[str, list[Row]] = {}
     for row in rows:
