@@ -144,6 +144,7 @@ def compile_only(name: str) -> Iterator[list[tuple[JITFunction, Any]]]:
             mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: target.capability),
             mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: properties),
             mock.patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()),
+            mock.patch.object(torch.accelerator, "device_index", lambda index: contextlib.nullcontext()),
             _Gpu(),
         ):
             yield launched

@@ -75,7 +75,8 @@ def _stats(dtype: torch.dtype, head_grad: bool, **options: Any) -> None:
         bias=_empty(vocabulary, dtype=dtype, requires_grad=True) if head_grad else None,
         **options,
     )
-    (stats.logps.sum() + stats.entropy.sum() + stats.lse.sum()).backward()
+    assert stats.entropy is not None and stats.lse is not None
+    (stats.logps + stats.entropy + stats.lse).sum().backward()
 
 
 def _token_kl(head_grad: bool, **options: Any) -> None:
@@ -84,7 +85,7 @@ def _token_kl(head_grad: bool, **options: Any) -> None:
     head = _empty(vocabulary, width, dtype=BF16, requires_grad=head_grad)
     targets = _empty(TOKENS, dtype=torch.int64)
     out = linear_token_kl(hidden, ref_hidden, head, None, targets, **options)
-    (out.logps.sum() + out.kl.sum()).backward()
+    (out.logps + out.kl).sum().backward()
 
 
 def _shard() -> None:

@@ -125,6 +125,8 @@ def _row(kernel: JITFunction, compiled: Any, target: str, case: str) -> Row:
             constants.append(f"{name}={source.constants[(at,)]}")
         else:
             arguments.append(f"{name}={kind}:{marks}" if marks else f"{name}={kind}")
+    if getattr(metadata, "maxnreg", None):
+        constants.append(f"maxnreg={metadata.maxnreg}")
     dot = r"tt\.dot .*: tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x"
     read = _read_cubin if "cubin" in compiled.asm else _read_amdgcn
     return Row(
