@@ -63,11 +63,10 @@ def check_head(hidden: Tensor, head: Tensor, bias: Tensor | None, name: str = "h
             raise ValueError(f"{name} is on {hidden.device} but its {other_name} on {other.device}")
 
 
-def check_lora(hidden: Tensor, head: Tensor, lora: tuple[Tensor, Tensor, float] | None) -> None:
-    """lora = (A (r, H), B (V, r), scaling) of a LoRA on the head: shapes, dtypes, devices."""
-    if lora is None:
+def check_lora(hidden: Tensor, head: Tensor, a: Tensor | None, b: Tensor | None, scaling: float) -> None:
+    """A (r, H), B (V, r) and scaling of a LoRA on the head, or None: shapes, dtypes, devices."""
+    if a is None or b is None:
         return
-    a, b, scaling = lora
     shapes = (a.shape, b.shape)
     if a.dim() != 2 or b.dim() != 2 or shapes != ((b.shape[1], head.shape[1]), (head.shape[0], a.shape[0])):
         raise ValueError(

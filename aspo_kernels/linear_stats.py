@@ -35,10 +35,12 @@ from aspo_kernels.checks import (
     check_targets,
     refuse_double_backward,
 )
-from aspo_kernels.linear_logps import _head_ops
-from aspo_kernels.recompute import cast_for_autocast, gradient_outputs, log_total, pull_back, stats_ops, whole_head
+from aspo_kernels.head import head_ops
+from aspo_kernels.recompute import gradient_outputs, log_total, pull_back, stats_ops, whole_head
 from aspo_kernels.tiles import (
     Epilogue,
+    cast_for_autocast,
+    op_context,
     statistics_dtype,
     tile_size,
     token_chunks,
@@ -126,8 +128,8 @@ def _linear_stats(
     head = whole_head(weight, bias, Epilogue(logit_scale, softcap, temperature))
     logps, entropy, lse, top1, rows = outputs = _outputs(hidden)
     y = targets.contiguous()
-    size, ops, add_stats_ = tile_size(hidden.device), _head_ops(backend), stats_ops(backend).add_stats_
-    with torch.autocast(hidden.device.type, enabled=False):
+    size, ops, add_stats_ = tile_size(hidden.device), head_ops(backend), stats_ops(backend).add_stats_
+    with op_context(hidden):
         for part in token_chunks(hidden.shape[0], size.tokens):
             x = widen(hidden[part])
             chunk = ops.start(x, y[part], head)
@@ -215,7 +217,7 @@ def _stats_grads(
         z = head.products(widen(hidden[tokens]), columns)
         write_stats_grad(z, y[tokens], head, columns, coefficients[:, tokens], out)
 
-    with torch.autocast(hidden.device.type, enabled=False):
+    with op_context(hidden):
         return pull_back(hidden, head, (needs_hidden, needs_weight, needs_bias), write_tile)
 
 

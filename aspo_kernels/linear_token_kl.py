@@ -46,13 +46,15 @@ from aspo_kernels.checks import (
     check_targets,
     refuse_double_backward,
 )
-from aspo_kernels.linear_logps import _head_ops
-from aspo_kernels.recompute import cast_for_autocast, gradient_outputs, log_total, pull_back, stats_ops, whole_head
+from aspo_kernels.head import head_ops
+from aspo_kernels.recompute import gradient_outputs, log_total, pull_back, stats_ops, whole_head
 from aspo_kernels.tiles import (
     Chunk,
     Epilogue,
     Head,
+    cast_for_autocast,
     gradient_operand_dtype,
+    op_context,
     statistics_dtype,
     tile_size,
     token_chunks,
@@ -170,9 +172,9 @@ def _linear_token_kl(
     epilogue = Epilogue(logit_scale, softcap, temperature)
     head, ref_head = whole_head(weight, bias, epilogue), whole_head(ref_weight, ref_bias, epilogue)
     kl, logps, ref_logps, logp_grad, kl_grad, statistics = outputs = _outputs(hidden, row_grads)
-    y, size, ops = targets.contiguous(), tile_size(hidden.device), _head_ops(backend)
+    y, size, ops = targets.contiguous(), tile_size(hidden.device), head_ops(backend)
     operand_dtype = ops.operand_dtype(hidden.dtype, False) if row_grads else None
-    with torch.autocast(hidden.device.type, enabled=False):
+    with op_context(hidden):
         for part in token_chunks(hidden.shape[0], max(1, size.tokens // 2)):
             x, ref_x = widen(hidden[part]), widen(ref_hidden[part])
             chunk = _start_pair(ops.start(x, y[part], head), ops.start(ref_x, y[part], ref_head))
@@ -339,7 +341,7 @@ def _token_kl_grads(
         z, ref_z = (h.products(widen(x[tokens]), columns) for h, x in ((head, hidden), (ref_head, ref_hidden)))
         write_pair_grad(z, ref_z, y[tokens], head, ref_head, columns, coefficients[:, tokens], out)
 
-    with torch.autocast(hidden.device.type, enabled=False):
+    with op_context(hidden):
         return pull_back(hidden, head, (needs_hidden, needs_weight, needs_bias), write_tile)
 
 

@@ -39,14 +39,6 @@ def whole_head(weight: Tensor, bias: Tensor | None, epilogue: Epilogue) -> Head:
     return Head(weight, bias if bias is None else bias.contiguous(), None, epilogue)
 
 
-def cast_for_autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in autocast's dtype where it is on, differentiably; else as they are."""
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t if t is None else t.to(dtype) for t in tensors)
-
-
 def log_total(logps: Tensor, z_y: Tensor, shift: Tensor, denominator: Tensor) -> Tensor:
     """log sum_v exp(z_v - shift), with all its digits where the shift is the target's logit and p_y is near 1.  (n,)"""
     return torch.where(z_y == shift, -logps, denominator.log())

@@ -174,6 +174,21 @@ class Chunk:
         return self.sums[3]
 
 
+@contextmanager
+def op_context(tensor: Tensor) -> Iterator[None]:
+    """For an operator's body: launches go to the tensor's device, and autocast, which is on in there too, is off."""
+    with torch.accelerator.device_index(tensor.device.index), torch.autocast(tensor.device.type, enabled=False):
+        yield
+
+
+def cast_for_autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's dtype where it is on, differentiably; else as they are."""
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t if t is None else t.to(dtype) for t in tensors)
+
+
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums and log-probabilities are fp32, and fp64 for fp64 inputs (which only tests have)."""
     return torch.float64 if dtype == torch.float64 else torch.float32

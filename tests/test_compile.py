@@ -12,7 +12,7 @@ import torch._dynamo.testing
 from strategies import Ragged, make_ragged
 
 from aspo_kernels import linear_logps, sentence_dpo_loss, sentence_dpo_loss_from_logits
-from aspo_kernels.linear_logps import _head_grads, _linear_logps, _scaled_rows
+from aspo_kernels.head import head_grads, head_logps, scaled_rows
 
 V, H = 11, 6
 
@@ -96,16 +96,16 @@ def test_the_op_keeps_its_promises(keep, reference):
     w, bias = torch.randn(V, H, requires_grad=keep != "nothing"), torch.randn(V, requires_grad=keep != "nothing")
     ref_x = torch.randn(5, H) if reference else None
     arguments = (x, ref_x, w, bias, None, torch.randint(V, (5,)), *OPTIONS, True, keep, 0, None)
-    torch.library.opcheck(_linear_logps, arguments)
+    torch.library.opcheck(head_logps, arguments)
 
 
 def test_the_backward_ops_keep_their_promises():
     x, w, g, y = torch.randn(5, H), torch.randn(V, H), torch.randn(5), torch.randint(V, (5,))
-    torch.library.opcheck(_scaled_rows, (x, g, torch.bfloat16))
-    _, _, _, statistics, exps = _linear_logps(x, None, w, None, None, y, *OPTIONS, False, "exps", 0, None)
+    torch.library.opcheck(scaled_rows, (x, g, torch.bfloat16))
+    _, _, _, statistics, exps = head_logps(x, None, w, None, None, y, *OPTIONS, False, "exps", 0, None)
     needs = (0, True, True, False)  # no LoRA; the head and a bias
-    torch.library.opcheck(_head_grads, (g, x, statistics, exps, None, None, None, None, *needs, *OPTIONS, 0))
-    torch.library.opcheck(_head_grads, (g, x, statistics, None, y, w, None, None, *needs, *OPTIONS, 0))
+    torch.library.opcheck(head_grads, (g, x, statistics, exps, None, None, None, None, *needs, *OPTIONS, 0))
+    torch.library.opcheck(head_grads, (g, x, statistics, None, y, w, None, None, *needs, *OPTIONS, 0))
 
 
 def test_a_captured_loss_inside_autocast():

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from aspo_kernels import linear_logps, reference, tiles
-from aspo_kernels.linear_logps import _head_grads, _linear_logps, _scaled_rows
+from aspo_kernels.head import head_grads, head_logps, scaled_rows
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -329,7 +329,7 @@ def test_memory_budget_decides_what_is_kept():
 
 
 # The bodies of our custom ops, for the mode below to look into: it would see each op as one.
-BODIES = {op._opoverload: op._init_fn for op in (_linear_logps, _scaled_rows, _head_grads)}
+BODIES = {op._opoverload: op._init_fn for op in (head_logps, scaled_rows, head_grads)}
 
 
 class Largest(TorchDispatchMode):
