@@ -73,7 +73,9 @@ class Wire:
         self.patch.undo()
 
 
-def run_shard(problem: Problem, cuts: tuple[int, ...], schedule: str, members: Any = None, **options: Any) -> Any:
+def run_shard(
+    problem: Problem, cuts: tuple[int, ...], schedule: str, members: Any = None, backend: str = "torch", **options: Any
+) -> Any:
     """(log-probabilities, gradients, what went over the wire) of this process's part of a problem."""
     shard = shard_of(cuts, members)
     if shard is None:
@@ -84,7 +86,7 @@ def run_shard(problem: Problem, cuts: tuple[int, ...], schedule: str, members: A
     needs = (*needs[:2], needs[2] and problem.bias is not None)
     with Wire() as seen:
         logps, gradients = problem.run(
-            linear_logps, needs=needs, memory_budget=budget, vocabulary=shard, backend="torch", **options
+            linear_logps, needs=needs, memory_budget=budget, vocabulary=shard, backend=backend, **options
         )
     return logps, gradients, seen
 
@@ -107,10 +109,10 @@ def portable(problem: Problem) -> Problem:
 
 def check_shards(
     ranks: Ranks, problem: Problem, cuts: tuple[int, ...], schedule: str, floor: float = 0.0, members: Any = None,
-    **epilogue: Any,
+    backend: str = "torch", **epilogue: Any,
 ) -> None:  # fmt: skip
     """The same bits in every process, within the limits of one process; d_hidden whole, the head's by rows."""
-    results = ranks.run(run_shard, portable(problem), cuts, schedule, members, **epilogue)
+    results = ranks.run(run_shard, portable(problem), cuts, schedule, members, backend, **epilogue)
     results = [result for result in results if result is not None]
     logps, (d_hidden, *_), _ = results[0]
     for other_logps, (other_d_hidden, *_), _ in results[1:]:
@@ -151,22 +153,38 @@ def test_odd_sizes(ranks, schedule):
         check_shards(ranks, Problem(n, v, h, torch.float64, seed), cuts, schedule, softcap=4.0)
 
 
+def with_a_rival(n: int, dtype: torch.dtype, nll: float, target: int, rival: int) -> Problem:
+    """Every fourth target is very unlikely, because of one other row."""
+    problem = Problem(n, 150, 32, dtype, spread=1.0, bias=False)
+    towards_rival = problem.normal(32).sign() / 32**0.5
+    problem.targets[::4] = target
+    problem.head[rival] = (problem.head[rival] + nll / 8 * towards_rival).to(dtype)
+    sizes = 8 + problem.normal(n, 1)[::4]
+    problem.hidden[::4] = (problem.hidden[::4] + sizes * towards_rival).to(dtype)
+    assert problem.oracle()[0].min() < -nll, "the problem is what it says"
+    return problem
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("schedule", ["none", "frozen", "stored", "recompute"])
 @pytest.mark.parametrize("nll", [60.0, 90.0, 200.0])
 def test_a_rival_in_another_process(ranks, schedule, nll, dtype):
-    """Every fourth target is very unlikely, because of a row that another process holds: only that one raises c."""
-    problem = Problem(40, 150, 32, dtype, spread=1.0, bias=False)
-    towards_rival = problem.normal(32).sign() / 32**0.5
+    """Only the process that holds the rival raises c."""
+    floor = 4e-3 if dtype == torch.bfloat16 else 0.0  # as in test_linear_logps
     for target, rival in ((2, 140), (140, 2)):
-        case = copy.copy(problem)
-        case.head, case.hidden, case.targets = problem.head.clone(), problem.hidden.clone(), problem.targets.clone()
-        case.targets[::4] = target
-        case.head[rival] = (case.head[rival] + nll / 8 * towards_rival).to(dtype)
-        case.hidden[::4] = (case.hidden[::4] + (8 + problem.normal(10, 1)) * towards_rival).to(dtype)
-        assert case.oracle()[0].min() < -nll, "the problem is what it says"
-        floor = 4e-3 if dtype == torch.bfloat16 else 0.0  # as in test_linear_logps
-        check_shards(ranks, case, CUTS[ranks.size]["even"], schedule, floor)
+        problem = with_a_rival(40, dtype, nll, target, rival)
+        check_shards(ranks, problem, CUTS[ranks.size]["even"], schedule, floor)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the processes have their tensors on the CPU: for the interpreter"
+)
+@pytest.mark.parametrize("schedule", ["none", "frozen", "stored", "recompute"])
+def test_the_triton_kernels(ranks, schedule):
+    """Shifts raised inside a kernel by one process, and then by another kernel in the others."""
+    cuts = CUTS[ranks.size]["even"]
+    check_shards(ranks, Problem(20, 150, 24, torch.float32), cuts, schedule, backend="triton", softcap=5.0)
+    check_shards(ranks, with_a_rival(9, torch.float32, 90.0, 2, 140), cuts, schedule, backend="triton")
 
 
 @pytest.mark.parametrize("schedule", ["none", "frozen", "stored", "recompute"])
