@@ -269,6 +269,13 @@ def aspo_backward_kernel(
         tl.store(out_ptr + offs_n, product.to(out_ptr.dtype.element_ty), mask=mask_n)
 
 
+def registers(logps: Tensor) -> dict[str, int]:
+    """On NVIDIA, all the registers a thread can have: left alone, ptxas spills a few bytes to fit more blocks on an SM,
+    and there are never more blocks than pairs. Other back ends do not know the option.
+    """
+    return {"maxnreg": 255} if logps.device.type == "cuda" and torch.version.hip is None else {}
+
+
 def aspo_forward(
     logps: Tensor,  # (N,)
     ref_logps: Tensor,  # (N,)
@@ -294,7 +301,7 @@ def aspo_forward(
         logps.contiguous(), ref_logps.contiguous(), mask, None if similarity is None else similarity.contiguous(),
         sentence_offsets, response_offsets, chosen, rejected, chosen_starts, *out,
         logps.new_empty(logps.numel(), 3, dtype=torch.float64), beta, alpha, NORMALIZER=normalizer,
-        SCALE=perplexity_scale, FROM_REFERENCE=perplexity == "reference", **launch_options(),
+        SCALE=perplexity_scale, FROM_REFERENCE=perplexity == "reference", **registers(logps), **launch_options(),
     )  # fmt: skip
 
 
