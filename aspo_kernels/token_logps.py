@@ -19,7 +19,7 @@ from aspo_kernels.checks import (
     check_targets,
     refuse_double_backward,
 )
-from aspo_kernels.tiles import statistics_dtype
+from aspo_kernels.tiles import op_context, statistics_dtype
 
 
 def token_logps(
@@ -122,7 +122,8 @@ def _forward_op(
     logps = torch.empty(targets.numel(), dtype=dtype, device=logits.device)
     statistics = torch.empty(targets.numel(), 2, dtype=dtype, device=logits.device)
     if targets.numel():
-        _forms(backend)[0](_grouped(logits), _dense(rows), targets.contiguous(), temperature, logps, statistics)
+        with op_context(logits):
+            _forms(backend)[0](_grouped(logits), _dense(rows), targets.contiguous(), temperature, logps, statistics)
     return logps, statistics
 
 
@@ -212,10 +213,11 @@ def _write_gradient(
         d_logits.zero_()
     elif d_logits.numel():
         tokens = None if rows is None else torch_logits.RowTokens.of(rows, logits.shape[:-1].numel())
-        _forms(backend)[1](
-            _grouped(d_logits), grad_logps.contiguous(), _grouped(logits.detach()), tokens, targets.contiguous(),
-            statistics, temperature,
-        )  # fmt: skip
+        with op_context(logits):
+            _forms(backend)[1](
+                _grouped(d_logits), grad_logps.contiguous(), _grouped(logits.detach()), tokens, targets.contiguous(),
+                statistics, temperature,
+            )  # fmt: skip
 
 
 def _forms(backend: str) -> tuple[Any, Any]:
