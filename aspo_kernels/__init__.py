@@ -1,6 +1,7 @@
 """aspo_kernels: sentence-level preference losses straight from hidden states, without ever holding the logits.
 
-Needs torch alone; on a GPU its Triton kernels are used, which come with torch. Start with `sentence_dpo_loss`; build your own loss from `linear_logps` and `objectives`.
+Needs torch alone; on a GPU its Triton kernels are used, which come with torch. Start with `sentence_dpo_loss`; build
+your own loss from `linear_logps` and `objectives`.
 """
 
 from aspo_kernels import aspo as _aspo  # noqa: F401  registers its objective
