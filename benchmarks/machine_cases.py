@@ -18,9 +18,15 @@ import torch
 from torch import Tensor
 
 import aspo_kernels
-from aspo_kernels import SentenceLayout, linear_logps, segments, sentence_dpo_loss_from_logits, token_logps
-from aspo_kernels.linear_stats import linear_stats
-from aspo_kernels.linear_token_kl import linear_token_kl
+from aspo_kernels import (
+    SentenceLayout,
+    linear_logps,
+    linear_stats,
+    linear_token_kl,
+    segments,
+    sentence_dpo_loss_from_logits,
+    token_logps,
+)
 from aspo_kernels.tiles import Epilogue, Head
 
 TOKENS, ODD_TOKENS, SENTENCES = 2048, 975, 96
