@@ -20,7 +20,7 @@ from aspo_kernels.linear_logps import Lora, policy_and_reference_logps
 from aspo_kernels.objectives import Inputs
 from aspo_kernels.tiles import Epilogue
 from aspo_kernels.token_logps import gathered_token_logps
-from aspo_kernels.vocabulary import VocabularyShard
+from aspo_kernels.vocabulary import VocabularyShard, gather_if_frozen
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -103,6 +103,8 @@ def sentence_dpo_loss(
     if validate:
         layout.validate()
     same_head = ref_head is None and (ref_bias is None or ref_bias is bias) and lora is None
+    if ref_hidden is not None and ref_head is None and not same_head and vocabulary is None:  # two passes over one head
+        head, bias = gather_if_frozen("head", head), gather_if_frozen("bias", bias)
     rows = gather_hidden(hidden, layout)
     ref_rows = None if ref_hidden is None else gather_hidden(ref_hidden.detach(), layout, "ref_hidden")
     if ref_rows is not None and not torch.is_autocast_enabled(hidden.device.type):  # which makes them alike

@@ -145,24 +145,27 @@ def test_gather_head(ranks, size):
             assert like_the_head
 
 
-def loss_of_a_frozen_head(dim: int) -> Any:
+def loss_of_a_frozen_head(dim: int, with_lora: bool) -> Any:
     problem = Problem(TOKENS, VOCABULARY, HIDDEN, torch.float32)
     head, bias = problem.head, problem.bias
     layout = SentenceLayout.from_labels(problem.targets.view(2, 6), torch.tensor([[0, 0, 1, 1, 1, 2]] * 2))
     ref_hidden = problem.normal(2, 6, HIDDEN).float()
+    lora = (problem.normal(2, HIDDEN).float(), problem.normal(VOCABULARY, 2).float(), 0.5) if with_lora else None
+    options = {"ref_hidden": ref_hidden, "lora": lora}
     losses = []
     for operands in ((head, bias), (sharded(head, dim), sharded(bias))):
         hidden = problem.hidden.view(2, 6, HIDDEN).clone().requires_grad_()
         with Collectives() as counts:
-            loss = sentence_dpo_loss(hidden, operands[0], layout, bias=operands[1], ref_hidden=ref_hidden).loss
+            loss = sentence_dpo_loss(hidden, operands[0], layout, bias=operands[1], **options).loss
             loss.backward()
         losses.append((loss.detach(), hidden.grad))
     return losses, counts  # those of the second
 
 
+@pytest.mark.parametrize("with_lora", [False, True])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_one_gather_for_policy_and_reference(ranks, dim):
-    for (plain, from_shards), counts in ranks.run(loss_of_a_frozen_head, dim):
+def test_one_gather_for_policy_and_reference(ranks, dim, with_lora):
+    for (plain, from_shards), counts in ranks.run(loss_of_a_frozen_head, dim, with_lora):
         assert all(torch.equal(a, b) for a, b in zip(plain, from_shards, strict=True))
         assert counts == {"all_gather_into_tensor": 2}, "weight and bias"
 
