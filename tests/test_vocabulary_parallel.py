@@ -17,7 +17,7 @@ from problems import EPILOGUES, SCHEDULES, Problem, check_gradients, check_logps
 from ranks import Ranks
 from torch import Tensor
 
-from aspo_kernels import linear_logps, tiles
+from aspo_kernels import SentenceLayout, linear_logps, sentence_dpo_loss, tiles
 from aspo_kernels.linear_logps import policy_and_reference_logps
 from aspo_kernels.vocabulary import VocabularyShard
 
@@ -327,6 +327,34 @@ def test_policy_and_reference_in_one_pass(ranks):
         check_gradients(problem, [d_hidden, None, None])
         assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(results[0][:3], r[:3], strict=True))
         assert len(seen) == 3 * 3, "chunks of 8 tokens of either, and no collectives of their own for the reference"
+
+
+def run_loss(cuts: tuple[int, ...] | None, with_lora: bool) -> list[Tensor]:
+    """The loss of one pair of 20 tokens, and the gradients of hidden, head, and A and B of a LoRA."""
+    problem = Problem(20, 150, 24, torch.float32, bias=False)
+    ref_hidden, a, b = (problem.normal(*shape).float() for shape in ((2, 10, 24), (3, 24), (150, 3)))
+    shard = None if cuts is None else shard_of(cuts)
+    rows = slice(None) if shard is None else slice(shard.start, shard.stop)
+    layout = SentenceLayout.from_labels(problem.targets.view(2, 10), torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3, 3, 3]] * 2))
+    leaves = [t.clone().requires_grad_() for t in (problem.hidden.view(2, 10, 24), problem.head[rows], a, b[rows])]
+    lora = (leaves[2], leaves[3], 0.3) if with_lora else None
+    with Wire():
+        out = sentence_dpo_loss(
+            *leaves[:2], layout, ref_hidden=ref_hidden, lora=lora, vocabulary=shard, backend="torch", softcap=9.0
+        )
+        out.loss.backward()
+    return [out.loss.detach(), *(t.grad for t in leaves if t.grad is not None)]
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_the_loss_from_end_to_end(ranks, with_lora):
+    expected = run_loss(None, with_lora)
+    for cuts in CUTS[ranks.size].values():
+        results = ranks.run(run_loss, cuts, with_lora)
+        got = [torch.cat([r[k] for r in results]) if k in (2, 4) else results[0][k] for k in range(len(expected))]
+        for ours, plain in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-7)
+        assert all(torch.equal(results[0][k], r[k]) for r in results for k in (0, 1))
 
 
 def run_compiled(problem: Problem, cuts: tuple[int, ...]) -> bool:
