@@ -17,6 +17,7 @@ from aspo_kernels.checks import check_backend, check_positive, refuse_double_bac
 from aspo_kernels.layout import SentenceLayout
 from aspo_kernels.objectives import Inputs, Result, register
 from aspo_kernels.segments import segment_max, segment_min, segment_minmax, segment_sum, spread_over
+from aspo_kernels.tiles import op_context
 
 NORMALIZERS = ("sentence", "token", "none", "reward")
 PERPLEXITIES = ("policy", "reference")
@@ -200,11 +201,12 @@ def _aspo_forward(
     if not complete:  # what no pair holds is 0
         per_sentence.zero_()
         g.zero_()
-    aspo_forward(
-        logps, ref_logps, similarity, perplexity_mask, sentence_offsets, response_offsets, chosen, rejected,
-        chosen_starts, (losses, per_pair, per_sentence, g if with_gradient else None),
-        beta, alpha, normalizer, perplexity, perplexity_scale,
-    )  # fmt: skip
+    with op_context(logps):
+        aspo_forward(
+            logps, ref_logps, similarity, perplexity_mask, sentence_offsets, response_offsets, chosen, rejected,
+            chosen_starts, (losses, per_pair, per_sentence, g if with_gradient else None),
+            beta, alpha, normalizer, perplexity, perplexity_scale,
+        )  # fmt: skip
     return losses, per_pair, per_sentence, g
 
 
@@ -240,7 +242,8 @@ def _aspo_backward(
     d_logps = torch.empty_like(g, dtype=dtype)
     if not complete:
         d_logps.zero_()
-    aspo_backward(g, upstream, sentence_offsets, response_offsets, chosen, rejected, d_logps)
+    with op_context(g):
+        aspo_backward(g, upstream, sentence_offsets, response_offsets, chosen, rejected, d_logps)
     return d_logps
 
 

@@ -65,7 +65,7 @@ def head_logps(
 
     with op_context(hidden):
         before, before_part = None, slice(0)  # the last chunk: its G is summed over the processes meanwhile
-        for part in token_chunks(hidden.shape[0], tile_size(hidden.device).tokens // (1 if ref_hidden is None else 2)):
+        for part in token_chunks(hidden.shape[0], tile_size(hidden).tokens // (1 if ref_hidden is None else 2)):
             chunk = _start_chunk(hidden[part], None if ref_hidden is None else ref_hidden[part], y[part], head, ops)
             if row_grads:
                 chunk.weighted = chunk.z_y.new_zeros(part.stop - part.start, hidden.shape[1])
@@ -74,7 +74,7 @@ def head_logps(
                 share_targets(chunk, shard)  # first, or it would wait behind the sum
             reduction = sum_weighted(before, shard)
             operand_dtype = ops.operand_dtype(hidden.dtype, keep == "exps") if row_grads or keep == "exps" else None
-            for columns in vocabulary_slices(head.size, chunk.y.shape[0], tile_size(hidden.device)):
+            for columns in vocabulary_slices(head.size, chunk.y.shape[0], tile_size(hidden)):
                 operand = ops.exps_tile(chunk, head, columns, operand_dtype)
                 if chunk.weighted is not None:
                     head.pull_back_(chunk.weighted, operand, columns)
@@ -256,7 +256,7 @@ def _recompute(
     ops: ModuleType,
 ) -> None:
     """grad = scale * E^T operand with E formed again, slice by slice; chunks of tokens add up in fp32."""
-    size, (shift, _, target_entry) = tile_size(hidden.device), statistics
+    size, (shift, _, target_entry) = tile_size(hidden), statistics
     narrow = gradient_operand_dtype(hidden.dtype)
     for columns in vocabulary_slices(head.size, min(hidden.shape[0], size.tokens), size):
         width = columns.stop - columns.start

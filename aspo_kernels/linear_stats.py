@@ -47,6 +47,7 @@ from aspo_kernels.tiles import (
     vocabulary_slices,
     widen,
 )
+from aspo_kernels.vocabulary import gather_if_frozen
 
 OUTPUTS = ("entropy", "lse", "top1")
 
@@ -97,6 +98,7 @@ def linear_stats(
     if isinstance(outputs, str) or unknown:
         raise ValueError(f"outputs is {outputs!r}; give a tuple of {', '.join(OUTPUTS)}")
     hidden, head, bias = cast_for_autocast(hidden.device.type, hidden, head, bias)  # type: ignore[assignment]
+    head, bias = gather_if_frozen("head", head), gather_if_frozen("bias", bias)
     check_head(hidden, head, bias)
     check_targets(targets, hidden.shape[0], head.shape[0], hidden.device, validate)
     epilogue = Epilogue(logit_scale, softcap, temperature)
@@ -128,7 +130,7 @@ def _linear_stats(
     head = whole_head(weight, bias, Epilogue(logit_scale, softcap, temperature))
     logps, entropy, lse, top1, rows = outputs = _outputs(hidden)
     y = targets.contiguous()
-    size, ops, add_stats_ = tile_size(hidden.device), head_ops(backend), stats_ops(backend).add_stats_
+    size, ops, add_stats_ = tile_size(hidden), head_ops(backend), stats_ops(backend).add_stats_
     with op_context(hidden):
         for part in token_chunks(hidden.shape[0], size.tokens):
             x = widen(hidden[part])

@@ -61,6 +61,7 @@ from aspo_kernels.tiles import (
     vocabulary_slices,
     widen,
 )
+from aspo_kernels.vocabulary import gather_if_frozen
 
 
 class TokenKL(NamedTuple):
@@ -117,9 +118,12 @@ def linear_token_kl(
     hidden, ref_hidden, head, ref_head, bias, ref_bias = cast_for_autocast(  # type: ignore[assignment]
         hidden.device.type, hidden, ref_hidden, head, ref_head, bias, ref_bias
     )
+    head, bias = gather_if_frozen("head", head), gather_if_frozen("bias", bias)
     check_head(hidden, head, bias)
     if ref_head is None:
         ref_head, ref_bias = head, bias
+    ref_head = gather_if_frozen("ref_head", ref_head.detach())
+    ref_bias = gather_if_frozen("ref_bias", ref_bias if ref_bias is None else ref_bias.detach())
     check_head(ref_hidden, ref_head, ref_bias, "ref_hidden")
     _check_pair(hidden, ref_hidden, head, ref_head)
     check_targets(targets, hidden.shape[0], head.shape[0], hidden.device, validate)
@@ -172,7 +176,7 @@ def _linear_token_kl(
     epilogue = Epilogue(logit_scale, softcap, temperature)
     head, ref_head = whole_head(weight, bias, epilogue), whole_head(ref_weight, ref_bias, epilogue)
     kl, logps, ref_logps, logp_grad, kl_grad, statistics = outputs = _outputs(hidden, row_grads)
-    y, size, ops = targets.contiguous(), tile_size(hidden.device), head_ops(backend)
+    y, size, ops = targets.contiguous(), tile_size(hidden), head_ops(backend)
     operand_dtype = ops.operand_dtype(hidden.dtype, False) if row_grads else None
     with op_context(hidden):
         for part in token_chunks(hidden.shape[0], max(1, size.tokens // 2)):

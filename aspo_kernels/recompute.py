@@ -67,7 +67,7 @@ def pull_back(
     """
     d_hidden, d_weight, d_bias = outputs = gradient_outputs(hidden, head.weight, *needs)
     needs_hidden, needs_weight, needs_bias = needs
-    size, tokens = tile_size(hidden.device), hidden.shape[0]
+    size, tokens = tile_size(hidden), hidden.shape[0]
     narrow, wide = gradient_operand_dtype(hidden.dtype), statistics_dtype(hidden.dtype)
     total = torch.zeros_like(d_hidden, dtype=wide)
     for columns in vocabulary_slices(head.size, min(tokens, size.tokens), size):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from aspo_kernels.checks import check_backend
+from aspo_kernels.tiles import op_context
 
 
 def segment_sum(values: Tensor, offsets: Tensor, backend: str = "auto") -> Tensor:
@@ -59,7 +60,8 @@ def _segment_sum(values: Tensor, offsets: Tensor, use_triton: bool) -> Tensor:
     if use_triton:
         from aspo_kernels.triton_segments import segment_reduce
 
-        return segment_reduce(values, offsets, "sum")
+        with op_context(values):
+            return segment_reduce(values, offsets, "sum")
     # 0 by hand where there is nothing to reduce: segment_reduce refuses an empty input.
     if not values.numel():
         return values.new_zeros(offsets.numel() - 1)
@@ -76,7 +78,8 @@ def _segment_extremum(values: Tensor, offsets: Tensor, largest: bool, use_triton
     if use_triton:
         from aspo_kernels.triton_segments import segment_reduce
 
-        return segment_reduce(values, offsets, "max" if largest else "min")
+        with op_context(values):
+            return segment_reduce(values, offsets, "max" if largest else "min")
     if not values.numel():
         return values.new_full((offsets.numel() - 1,), float("-inf" if largest else "inf"))
     return torch.segment_reduce(values, "max" if largest else "min", offsets=offsets)
@@ -92,7 +95,8 @@ def _spread_over(per_segment: Tensor, offsets: Tensor, total: int, use_triton: b
     if use_triton:
         from aspo_kernels.triton_segments import spread_over as launch
 
-        return launch(per_segment, offsets, total)
+        with op_context(per_segment):
+            return launch(per_segment, offsets, total)
     values = torch.cat([per_segment, per_segment.new_zeros(1)])  # one segment more: the tail
     repeats = torch.cat([offsets.diff(), total - offsets[-1:]])
     return torch.repeat_interleave(values, repeats, output_size=total)  # output_size spares a device sync

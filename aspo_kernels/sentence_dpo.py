@@ -102,7 +102,8 @@ def sentence_dpo_loss(
         raise ValueError("ref_head and ref_bias belong to ref_hidden; with ref_logps leave them out")
     if validate:
         layout.validate()
-    same_head = ref_head is None and (ref_bias is None or ref_bias is bias) and lora is None
+    own_head = ref_head is None and (ref_bias is None or ref_bias is bias)
+    same_head = lora is None and (own_head or (ref_head is head and ref_bias is bias))
     if ref_hidden is not None and ref_head is None and not same_head and vocabulary is None:  # two passes over one head
         head, bias = gather_if_frozen("head", head), gather_if_frozen("bias", bias)
     rows = gather_hidden(hidden, layout)
@@ -233,8 +234,8 @@ def _loss(
 ) -> SentenceDPOOutput:
     inputs = Inputs(layout, logps, ref_logps, similarity, backend)
     if layout.num_items == 0:
-        zero = logps.sum()  # of no tokens: a zero that the backward can start from
-        none = logps.detach()
+        none = logps[:0]  # what a padded layout has behind its end belongs to no pair
+        zero, none = none.sum(), none.detach()  # of no tokens: a zero that the backward can start from
         return SentenceDPOOutput(zero + none if reduction == "none" else zero, *[none] * 6)
     result = aspo(inputs, **options)
     loss = result.losses if reduction == "none" else getattr(result.losses, reduction)()

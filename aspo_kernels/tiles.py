@@ -28,14 +28,21 @@ class TileSize(NamedTuple):
     gradient_tokens: int
 
 
-# A few buffers of a tile's size live at once and should stay in the last-level cache; see docs/performance.md.
+# On a CPU a few buffers of a tile's size live at once and should stay in the last-level cache.
 CPU_TILE = TileSize(2048, 8 * 2**20, 2**31, 2048)
-GPU_TILE = TileSize(1024, 16 * 2**20, 8192, 8192)
+# On a GPU, by the least hidden size: the product E W is n x H, which with a short H needs many tokens to give every
+# multiprocessor a block. Predicted by benchmarks.model, not measured yet: docs/performance.md.
+GPU_TILES = ((4096, TileSize(1024, 16 * 2**20, 8192, 8192)), (0, TileSize(8192, 64 * 2**20, 8192, 8192)))
 
 
-def tile_size(device: torch.device) -> TileSize:
-    """How the head is cut on this device."""
-    return CPU_TILE if device.type == "cpu" else GPU_TILE
+def tile_size(hidden: Tensor) -> TileSize:
+    """How the head is cut for hidden states (N, H) like these."""
+    return CPU_TILE if hidden.device.type == "cpu" else gpu_tile(hidden.shape[1])
+
+
+def gpu_tile(hidden_size: int) -> TileSize:
+    """The row of GPU_TILES for hidden states of this size."""
+    return next(size for least, size in GPU_TILES if hidden_size >= least)
 
 
 def token_chunks(tokens: int, step: int = CPU_TILE.tokens) -> list[slice]:
@@ -144,7 +151,7 @@ class Chunk:
     x: Tensor  # (n, H)
     y: Tensor  # (n,) targets as rows of this part of the head; outside [0, V) on ranks that do not hold them
     z_y: Tensor  # (n,) the target's logit
-    sums: Tensor  # (2, n) shift and total, or (4, n) with moment and largest too
+    sums: Tensor  # (2, n) shift and total
     weighted: Tensor | None = None  # (m, H) sum_v E_v d_v W[v], d the soft-cap's derivative
     exps: Tensor | None = None  # (m, V) E d, kept for the backward
 
@@ -157,21 +164,6 @@ class Chunk:
     def total(self) -> Tensor:
         """(n,) S = sum_v E_v."""
         return self.sums[1]
-
-    @property
-    def has_statistics(self) -> bool:
-        """Whether moment and largest are wanted."""
-        return self.sums.shape[0] == 4
-
-    @property
-    def moment(self) -> Tensor:
-        """(n,) sum_v E_v (z_v - shift), for the entropy."""
-        return self.sums[2]
-
-    @property
-    def largest(self) -> Tensor:
-        """(n,) max_v E_v, for the top-1 hit."""
-        return self.sums[3]
 
 
 @contextmanager

@@ -20,17 +20,12 @@ def operand_dtype(dtype: torch.dtype, kept: bool) -> torch.dtype:
     return gradient_operand_dtype(dtype)
 
 
-def start(x: Tensor, y: Tensor, head: Head, statistics: bool = False) -> Chunk:
-    """The targets' logits, which are the first shift; 0 where another process holds them.  (n, H), (n,).
-
-    statistics: sum for entropy and top-1 hits too.
-    """
+def start(x: Tensor, y: Tensor, head: Head) -> Chunk:
+    """The targets' logits, which are the first shift; 0 where another process holds them.  (n, H), (n,)."""
     x, dtype = widen(x), statistics_dtype(x.dtype)
     z_y = (x.to(dtype) * head.rows(y).to(dtype)).sum(1)
     head.epilogue.apply_(z_y, None if head.bias is None else head.entries(head.bias, y).to(dtype))
-    sums = z_y.new_zeros(4 if statistics else 2, y.shape[0])
-    sums[0] = z_y
-    return Chunk(x, y, z_y, sums)
+    return Chunk(x, y, z_y, torch.stack([z_y, torch.zeros_like(z_y)]))
 
 
 def exps_tile(chunk: Chunk, head: Head, part: slice, operand_dtype: torch.dtype | None) -> Tensor | None:
@@ -49,9 +44,6 @@ def exps_tile(chunk: Chunk, head: Head, part: slice, operand_dtype: torch.dtype 
         raise_shift(chunk, too_large, largest, part.start)
         e[too_large], sums[too_large] = again, again.sum(1)
     chunk.total.add_(sums)
-    if chunk.has_statistics:
-        chunk.moment.add_(torch.special.xlogy(e, e).sum(1))  # z - shift = log E
-        torch.maximum(chunk.largest, e.amax(1), out=chunk.largest)
     if operand_dtype is None:
         return None
     e = e if derivative is None else e.mul_(derivative)
@@ -64,17 +56,13 @@ def exps_tile(chunk: Chunk, head: Head, part: slice, operand_dtype: torch.dtype 
 
 def raise_shift(chunk: Chunk, rows: Tensor, shift: Tensor, done: int) -> None:
     """Another shift for `rows`, whose exponentials of the vocabulary up to `done` exist already.  (k,), (k,)."""
-    lower = chunk.shift[rows] - shift
-    rescale = lower.exp()
+    rescale = (chunk.shift[rows] - shift).exp()
     chunk.shift[rows] = shift
-    if chunk.has_statistics:
-        chunk.moment[rows] = rescale * (chunk.moment[rows] + lower * chunk.total[rows])
-        chunk.largest[rows] *= rescale
     chunk.total[rows] *= rescale
     for kept, width in ((chunk.weighted, None), (chunk.exps, done)):
         if kept is not None:
             inside = rows < kept.shape[0]
-            kept[rows[inside], :width] *= rescale[inside, None].to(kept.dtype)
+            kept[rows[inside], :width] *= rescale[inside, None]
 
 
 def raise_to(chunk: Chunk, head: Head, shift: Tensor) -> None:

@@ -30,9 +30,9 @@ CANDIDATE = "tile"  # or "fused": private, until a GPU has said which is faster 
 def _start_kernel(
     x_ptr, rows_ptr, bias_ptr, z_ptr, sums_ptr,
     stride_xn, stride_rn, N, H, logit_scale, softcap, temperature,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SUMS: tl.constexpr, BLOCK_H: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One program per token: z_y = x W[y] with the epilogue, which is the first shift; the other sums start at 0."""
+    """One program per token: z_y = x W[y] with the epilogue, which is the first shift; the sum starts at 0."""
     n = tl.program_id(0).to(tl.int64)
     products = tl.zeros([BLOCK_H], tl.float32)
     for h in range(0, H, BLOCK_H):
@@ -45,19 +45,18 @@ def _start_kernel(
     z, _ = logits(tl.sum(products), bias, logit_scale, softcap, temperature, HAS_SOFTCAP)
     tl.store(z_ptr + n, z)
     tl.store(sums_ptr + n, z)
-    for k in tl.static_range(1, SUMS):
-        tl.store(sums_ptr + k * N + n, 0.0)
+    tl.store(sums_ptr + N + n, 0.0)
 
 
 @triton.jit
 def _exps_kernel(
     z_ptr, bias_ptr, y_ptr, sums_ptr, e_ptr, weighted_ptr,
     stride_zn, stride_en, stride_wn, N, m, start, width, H, kept, logit_scale, softcap, temperature, lead,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_STATISTICS: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One program per token: its row of a tile of products to E, its sums, and a raised shift where one is due.
 
-    sums: (2 or 4, N) shift, total, moment, largest. E: (m, width), behind `kept` columns of earlier slices that are
+    sums: (2, N) shift and total. E: (m, width), behind `kept` columns of earlier slices that are
     still wanted. weighted: (m, H), H = 0 where there is none.
     """
     n = tl.program_id(0).to(tl.int64)
@@ -77,11 +76,6 @@ def _exps_kernel(
     total = tl.load(sums_ptr + N + n)
     tl.store(sums_ptr + n, shift)
     tl.store(sums_ptr + N + n, total * rescale + tl.sum(e))
-    if HAS_STATISTICS:
-        moment = tl.load(sums_ptr + 2 * N + n) + (before - shift) * total
-        moment = moment * rescale + tl.sum(tl.where(e > 0, e * (z - shift), 0.0))
-        tl.store(sums_ptr + 2 * N + n, moment)
-        tl.store(sums_ptr + 3 * N + n, tl.maximum(tl.load(sums_ptr + 3 * N + n) * rescale, tl.max(e)))
     if n < m:
         tl.store(e_ptr + n * stride_en + offs_v, (e * derivative).to(e_ptr.dtype.element_ty), mask=mask_v)
         if shift != before:
@@ -111,7 +105,7 @@ def _exps_again_kernel(
 
 @triton.jit
 def _raise_kernel(
-    shift_ptr, sums_ptr, e_ptr, weighted_ptr, stride_en, stride_wn, N, m, H, kept, HAS_STATISTICS: tl.constexpr,
+    shift_ptr, sums_ptr, e_ptr, weighted_ptr, stride_en, stride_wn, N, m, H, kept
 ):  # fmt: skip
     """One program per token: another shift after the last slice."""
     n = tl.program_id(0).to(tl.int64)
@@ -121,10 +115,6 @@ def _raise_kernel(
         total = tl.load(sums_ptr + N + n)
         tl.store(sums_ptr + n, shift)
         tl.store(sums_ptr + N + n, total * rescale)
-        if HAS_STATISTICS:
-            moment = tl.load(sums_ptr + 2 * N + n) + (before - shift) * total
-            tl.store(sums_ptr + 2 * N + n, moment * rescale)
-            tl.store(sums_ptr + 3 * N + n, tl.load(sums_ptr + 3 * N + n) * rescale)
         if n < m:
             rescale_row(weighted_ptr + n * stride_wn, rescale, H, 1024)
             rescale_row(e_ptr + n * stride_en, rescale, kept, 1024)
@@ -189,17 +179,17 @@ def operand_dtype(dtype: torch.dtype, kept: bool) -> torch.dtype:
     return gradient_operand_dtype(dtype) if kept else dtype
 
 
-def start(x: Tensor, y: Tensor, head: Head, statistics: bool = False) -> Chunk:
+def start(x: Tensor, y: Tensor, head: Head) -> Chunk:
     """As torch_head.start."""
-    x = _operand(x, _fuses(head) and not statistics)
+    x = _operand(x, head)
     rows = head.rows(y)
     bias = None if head.bias is None else head.entries(head.bias, y)
-    sums = x.new_empty(4 if statistics else 2, y.shape[0], dtype=torch.float32)
+    sums = x.new_empty(2, y.shape[0], dtype=torch.float32)
     chunk = Chunk(x, y, torch.empty_like(sums[0]), sums)
     _start_kernel[y.shape](
         x, rows, bias, chunk.z_y, chunk.sums, x.stride(0), rows.stride(0), y.shape[0], x.shape[1],
         *scalars(head.epilogue), HAS_BIAS=bias is not None, HAS_SOFTCAP=head.epilogue.softcap is not None,
-        SUMS=chunk.sums.shape[0], BLOCK_H=1024, num_warps=4,
+        BLOCK_H=1024, num_warps=4,
     )  # fmt: skip
     return chunk
 
@@ -214,7 +204,7 @@ def exps_tile(chunk: Chunk, head: Head, part: slice, operand_dtype: torch.dtype 
     else:
         e, done = chunk.x.new_empty(m, width, dtype=operand_dtype or torch.float32), 0
     weighted, hidden = (e, 0) if chunk.weighted is None else (chunk.weighted, chunk.weighted.shape[1])
-    if _fuses(head) and not chunk.has_statistics:
+    if _fuses(head):
         fused_tile(chunk, head, part, e, m, weighted, hidden, done)
     else:
         z = head.products(chunk.x, part)
@@ -223,7 +213,7 @@ def exps_tile(chunk: Chunk, head: Head, part: slice, operand_dtype: torch.dtype 
         _exps_kernel[(n,)](
             z, bias, chunk.y, chunk.sums, e, weighted, z.stride(0), e.stride(0), weighted.stride(0), n, m,
             part.start, width, hidden, done, *scalars(head.epilogue), max_lead(e.dtype), HAS_BIAS=bias is not None,
-            HAS_SOFTCAP=head.epilogue.softcap is not None, HAS_STATISTICS=chunk.has_statistics, BLOCK_V=block,
+            HAS_SOFTCAP=head.epilogue.softcap is not None, BLOCK_V=block,
             num_warps=row_warps(block),
         )  # fmt: skip
     return None if operand_dtype is None else e
@@ -236,7 +226,7 @@ def raise_to(chunk: Chunk, head: Head, shift: Tensor) -> None:
     m = max(x.shape[0] if size else 0 for x, size in ((weighted, hidden), (exps, kept)))
     _raise_kernel[shift.shape](
         shift, chunk.sums, exps, weighted, exps.stride(0), weighted.stride(0), shift.shape[0], m, hidden, kept,
-        HAS_STATISTICS=chunk.has_statistics, num_warps=4,
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -275,7 +265,7 @@ def finish(chunk: Chunk, head: Head, row_grad: Tensor | None) -> Tensor:
 def exps_again(x: Tensor, y: Tensor, head: Head, part: slice, shift: Tensor, target_entry: Tensor, out: Tensor) -> None:
     """As torch_head.exps_again."""
     n, width = out.shape
-    x = _operand(x, _fuses(head))
+    x = _operand(x, head)
     if _fuses(head):
         fused_again(x, y, head, part, shift, target_entry, out)
         return
@@ -289,9 +279,9 @@ def exps_again(x: Tensor, y: Tensor, head: Head, part: slice, shift: Tensor, tar
     )  # fmt: skip
 
 
-def _operand(x: Tensor, fuses: bool) -> Tensor:
+def _operand(x: Tensor, head: Head) -> Tensor:
     """Hidden states as the products want them, each row contiguous."""
-    x = x if fuses else widen(x)
+    x = x if _fuses(head) else widen(x)
     return x if x.stride(1) == 1 and x.stride(0) <= MAX_STRIDE else x.contiguous()
 
 

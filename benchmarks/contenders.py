@@ -108,11 +108,11 @@ def triton_candidate(name: str) -> Iterator[None]:
 @contextmanager
 def gpu_tile(size: tiles.TileSize) -> Iterator[None]:
     """How the head is cut on a GPU, for sweeps."""
-    before, tiles.GPU_TILE = tiles.GPU_TILE, size
+    before, tiles.GPU_TILES = tiles.GPU_TILES, ((0, size),)
     try:
         yield
     finally:
-        tiles.GPU_TILE = before
+        tiles.GPU_TILES = before
 
 
 def _no_triton(device: str, dtype: str) -> dict[str, str]:

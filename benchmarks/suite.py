@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from aspo_kernels import tiles
 from benchmarks import model, oracle
 from benchmarks.cases import Case, Inputs
 from benchmarks.contenders import Contender, load
@@ -183,9 +182,7 @@ def _figures(contender: Contender, case: Case, work: Work, times: dict[str, list
         row["eager_over_this"] = round(median["eager PyTorch"] / mine, 3)
     if contender.schedule is not None and bench.ceilings is not None:
         schedule = contender.schedule if own else f"{contender.schedule} {'trainable' if work.trainable else 'frozen'}"
-        size, fused = tiles.GPU_TILE, "fused" in contender.name
-        width = min(size.bytes // 4 // size.tokens, size.width)
-        plan = model.Plan("fused" if fused else "tile", size.tokens, width) if own else None
+        plan = model.present_plan("fused" if "fused" in contender.name else "tile", case) if own else None
         predicted = model.predict(schedule, case, bench.ceilings, plan, work.reference)
         row |= {
             "predicted_ms": round(predicted.predicted_ms, 4),

@@ -35,7 +35,7 @@ def sweep(clock: Clock, deadline: float, only: re.Pattern[str]) -> str:
 def _best(case: Case, schedule: str, clock: Clock) -> str:
     inputs = case.inputs("cuda").with_head(schedule != "frozen")
     budget = None if schedule == "frozen" else 0
-    present = tiles.GPU_TILE
+    present = tiles.gpu_tile(case.hidden)
     grid = [(c, n, mib) for c in ("tile", "fused") for n in TOKENS for mib in MIB if n < 2 * case.tokens]
     sizes = {
         (c, n, mib): present._replace(tokens=n, bytes=mib * 2**20)

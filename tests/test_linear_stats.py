@@ -37,7 +37,7 @@ MIX = (0.7, -1.3, 0.4)  # of log-probability, entropy and log-sum-exp
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     small = tiles.TileSize(tokens=16, bytes=1, width=64, gradient_tokens=32)
     monkeypatch.setattr(tiles, "CPU_TILE", small)
-    monkeypatch.setattr(tiles, "GPU_TILE", small)
+    monkeypatch.setattr(tiles, "GPU_TILES", ((0, small),))
 
 
 def pick(output: str, stats: tuple[Tensor | None, ...]) -> Tensor:

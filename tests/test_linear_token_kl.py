@@ -42,7 +42,7 @@ NEEDS = {
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     small = tiles.TileSize(tokens=16, bytes=1, width=64, gradient_tokens=32)
     monkeypatch.setattr(tiles, "CPU_TILE", small)
-    monkeypatch.setattr(tiles, "GPU_TILE", small)
+    monkeypatch.setattr(tiles, "GPU_TILES", ((0, small),))
 
 
 class Pair(Problem):

@@ -29,7 +29,7 @@ def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     small = tiles.TileSize(tokens=16, bytes=1, width=64, gradient_tokens=32)
     monkeypatch.setattr(tiles, "CPU_TILE", small)
-    monkeypatch.setattr(tiles, "GPU_TILE", small)
+    monkeypatch.setattr(tiles, "GPU_TILES", ((0, small),))
     if request.param == "triton":
         pytest.importorskip("triton")
     return request.param
