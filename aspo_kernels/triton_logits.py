@@ -8,10 +8,8 @@ no sum above V. Backward, one program per row: the gradients of all its tokens i
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,11 +36,10 @@ def forward(
     statistics: Tensor,  # (N, 2) fp32, written: the target's logit, the log-probability
 ) -> None:
     """log_softmax(logits[rows] / temperature) at the targets."""
-    with _on_device(logits):
-        _forward_kernel[(targets.numel(),)](
-            logps, statistics, logits, targets if rows is None else rows, targets, logits.shape[2], logits.shape[1],
-            *logits.stride(), 1 / temperature, HAS_ROWS=rows is not None, **launch_options(logits.shape[2]),
-        )  # fmt: skip
+    _forward_kernel[(targets.numel(),)](
+        logps, statistics, logits, targets if rows is None else rows, targets, logits.shape[2], logits.shape[1],
+        *logits.stride(), 1 / temperature, HAS_ROWS=rows is not None, **launch_options(logits.shape[2]),
+    )  # fmt: skip
 
 
 def backward(
@@ -56,19 +53,11 @@ def backward(
 ) -> None:
     """d_logits[m] = sum over tokens n of row m of grad_logps[n] / temperature * (1[v = targets[n]] - p[m, v])."""
     order, bounds = (targets, targets) if tokens is None else (tokens.order, tokens.bounds)
-    with _on_device(logits):
-        _backward_kernel[(logits.shape[0] * logits.shape[1],)](
-            d_logits, grad_logps, logits, order, bounds, targets, statistics, logits.shape[2], logits.shape[1],
-            *d_logits.stride(), *logits.stride(), 1 / temperature,
-            HAS_ROWS=tokens is not None, **launch_options(logits.shape[2]),
-        )  # fmt: skip
-
-
-def _on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return (
-        nullcontext() if tensor.device.type == "cpu" else torch.get_device_module(tensor.device).device(tensor.device)
-    )
+    _backward_kernel[(logits.shape[0] * logits.shape[1],)](
+        d_logits, grad_logps, logits, order, bounds, targets, statistics, logits.shape[2], logits.shape[1],
+        *d_logits.stride(), *logits.stride(), 1 / temperature,
+        HAS_ROWS=tokens is not None, **launch_options(logits.shape[2]),
+    )  # fmt: skip
 
 
 @triton.jit

@@ -32,6 +32,7 @@ from triton.runtime.jit import JITFunction
 
 TABLE = Path(__file__).parent / "results" / "machine_code.csv"
 TENSOR_MEMORY_COLUMNS = 512  # of a Blackwell SM
+MAX_LINES = 5  # about a table out of date: a changed kernel changes many rows
 SASS_BYTES = {"8": 1, "16": 2, "64": 8, "128": 16}  # of LDL.64 and the like; 4 without a suffix
 SPECIALISED = {"tt.divisibility": "D", "tt.pointer_range": "S"}  # Triton's own letters
 
@@ -206,7 +207,7 @@ def write_table(rows: Iterable[Row], path: Path = TABLE) -> None:
 
 
 def differences(rows: Iterable[Row], path: Path = TABLE) -> list[str]:
-    """A line for each row of the table in `path` that does not say what `rows` say.
+    """A line for each row of the table in `path` that does not say what `rows` say, the first MAX_LINES of them.
 
     By the same compilers all must be the same; by others what they make of a kernel may differ, but not what the
     library asks them to compile.
@@ -222,7 +223,9 @@ def differences(rows: Iterable[Row], path: Path = TABLE) -> list[str]:
             changed = [f"{k} is {v}, not {old[key].get(k)}" for k, v in new[key].items() if old[key].get(k) != v]
             if changed:
                 out.append(f"of {', '.join(key)}: {'; '.join(changed)}")
-    return [f"{path.name} is out of date (run python -m benchmarks.machine_code): {line}" for line in sorted(out)]
+    if len(out) > MAX_LINES:
+        out = [*sorted(out)[:MAX_LINES], f"{len(out) - MAX_LINES} more rows"]
+    return [f"{path.name} is out of date (run python -m benchmarks.machine_code): {line}" for line in out]
 
 
 def report(rows: Iterable[Row]) -> str:
