@@ -170,8 +170,8 @@ def _finish_kernel(
 
 
 def row_warps(block: int) -> int:
-    """Warps of a program that holds a row of `block` fp32 numbers: 16 to 32 of them a thread."""
-    return max(1, min(16, block // 512))
+    """Warps of a program that holds a row of `block` fp32 numbers, 32 of them a thread: with 16 the compiler spills."""
+    return max(1, min(8, block // 1024))
 
 
 def operand_dtype(dtype: torch.dtype, kept: bool) -> torch.dtype:
