@@ -65,7 +65,8 @@ def head_logps(
 
     with op_context(hidden):
         before, before_part = None, slice(0)  # the last chunk: its G is summed over the processes meanwhile
-        for part in token_chunks(hidden.shape[0], tile_size(hidden).tokens // (1 if ref_hidden is None else 2)):
+        # A full chunk of the policy's tokens, whether the reference's are stacked on them or not: E W is theirs alone.
+        for part in token_chunks(hidden.shape[0], tile_size(hidden).tokens):
             chunk = _start_chunk(hidden[part], None if ref_hidden is None else ref_hidden[part], y[part], head, ops)
             if row_grads:
                 chunk.weighted = chunk.z_y.new_zeros(part.stop - part.start, hidden.shape[1])
