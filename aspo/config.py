@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from aspo.model import parse_dtype
 from aspo_kernels import SentenceLayout, objectives
+from aspo_kernels.checks import BACKENDS
 
 # None in the dataclass means "not given"; __post_init__ fills in what the run uses and refuses the rest.
 LORA_DEFAULTS: dict[str, Any] = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": None}
@@ -77,6 +78,9 @@ class AspoConfig(TrainingArguments):
     )
 
     # Objective
+    kernel_backend: str = field(
+        default="auto", metadata={"help": "Loss kernels: auto, torch, triton, or reference (full logits, to compare)."}
+    )
     loss_type: list[str] = field(
         default_factory=lambda: ["aspo"],
         metadata={"help": "Objective(s): aspo, dpo, ipo, hinge, simpo, sft, or registered ones."},
@@ -185,6 +189,8 @@ class AspoConfig(TrainingArguments):
             raise ValueError(f"max_length is {self.max_length}; it must be positive, or null for no limit")
 
     def _settle_objective(self) -> None:
+        if self.kernel_backend not in BACKENDS:
+            raise ValueError(f"kernel_backend is {self.kernel_backend!r}; choose one of {', '.join(BACKENDS)}")
         if not self.loss_type or len(set(self.loss_type)) != len(self.loss_type):
             raise ValueError(f"loss_type is {self.loss_type}; name each objective once")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):

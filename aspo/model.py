@@ -145,7 +145,7 @@ class HeadParams:
     logit_scale: float = 1.0
     softcap: float | None = None
 
-    def logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def logps(self, hidden: Tensor, targets: Tensor, backend: str = "auto") -> Tensor:
         """(N, H), (N,) -> (N,) fp32 log-probabilities of the targets; differentiable."""
         return linear_logps(
             hidden.to(self.weight.dtype),
@@ -154,6 +154,7 @@ class HeadParams:
             bias=self.bias,
             logit_scale=self.logit_scale,
             softcap=self.softcap,
+            backend=backend,
         )
 
 

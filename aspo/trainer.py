@@ -120,7 +120,7 @@ class AspoTrainer(Trainer):
         with self.accelerator.autocast():
             ref_logps = self._logps(inputs, layout, reference=True) if self.objective.needs_reference else None
             logps = self._logps(inputs, layout, reference=False)
-        objective_inputs = objectives.Inputs(layout, logps, ref_logps, inputs["similarity"])
+        objective_inputs = objectives.Inputs(layout, logps, ref_logps, inputs["similarity"], self.args.kernel_backend)
         return objective_inputs, self.objective(objective_inputs, **self.objective_options)
 
     def _logps(self, inputs: Mapping[str, Any], layout: Any, reference: bool) -> Tensor:
@@ -133,7 +133,7 @@ class AspoTrainer(Trainer):
                 if self.ref_model is None:
                     stack.enter_context(model.disable_adapter())
             hidden = gather_hidden(trunk_hidden(model, inputs["model_inputs"]), layout)
-            return output_head(model).logps(hidden, layout.targets)
+            return output_head(model).logps(hidden, layout.targets, self.args.kernel_backend)
 
     def compute_loss(
         self,
@@ -172,7 +172,8 @@ class AspoTrainer(Trainer):
         self._start_checked = True
         if self.state.global_step > 0 or inputs.ref_logps is None:
             return
-        equal = objectives.Inputs(inputs.layout, inputs.logps.detach(), inputs.logps.detach(), inputs.similarity)
+        logps = inputs.logps.detach()
+        equal = objectives.Inputs(inputs.layout, logps, logps, inputs.similarity, inputs.backend)
         with torch.no_grad():
             expected = float(self.objective(equal, **self.objective_options).losses.mean())
         loss = float(result.losses.detach().mean())

@@ -76,6 +76,18 @@ def test_dpo_starts_at_ln_2(make, use_lora):
     assert trainer.start_loss == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.parametrize("use_lora", [True, False])
+def test_every_kernel_backend_takes_the_same_step(make, use_lora):
+    pytest.importorskip("triton")
+    steps = {
+        backend: train_one_step(make(kernel_backend=backend, use_lora=use_lora, loss_type="aspo", **SGD))
+        for backend in ("torch", "triton", "reference")
+    }
+    for name, step in steps["torch"].items():
+        for backend in ("triton", "reference"):
+            torch.testing.assert_close(steps[backend][name], step, rtol=1e-3, atol=1e-6, msg=f"{backend} {name}")
+
+
 @pytest.mark.filterwarnings("ignore:step 0")
 @pytest.mark.parametrize(("normalizer", "use_lora"), [("sentence", True), ("reward", True), ("sentence", False)])
 def test_aspo_gradients_are_those_of_full_logits(make, normalizer, use_lora):
@@ -398,6 +410,7 @@ def test_rows_without_similarity(make):
         ({"train_sampling_strategy": "group_by_length"}, "group_by_length is not supported"),
         ({"plugins": ["nowhere"]}, "plugin 'nowhere' cannot be imported"),
         ({"dtype": "int4"}, "int4"),
+        ({"kernel_backend": "cuda"}, "kernel_backend is 'cuda'; choose one of auto, torch"),
     ],
 )
 def test_config_refuses(tmp_path, options, message):
