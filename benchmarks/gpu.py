@@ -3,6 +3,7 @@
 python -m benchmarks.gpu                        all cases in 8 minutes; writes benchmarks/results/gpu.csv and gpu.json
 python -m benchmarks.gpu --quick                two heads, N 2048 and 8192
 python -m benchmarks.gpu --only 'Qwen2.5.*frozen'      cases whose name matches
+python -m benchmarks.gpu --without 'Liger|quack'       contenders whose name matches are not run
 python -m benchmarks.gpu --check                checks only, random and peaked logits
 python -m benchmarks.gpu --tune                 sweep tile sizes and candidates of the Triton head
 python -m benchmarks.gpu --sanitize             small odd shapes under compute-sanitizer
@@ -63,23 +64,24 @@ def chosen_groups(args: argparse.Namespace) -> list[Group]:
 
 
 def run(groups: list[Group], bench: Bench, deadline: float, rows: list[Row], left_out: list[str], save: Save) -> None:
-    """Adds to rows what the time allows, to left_out the names of the rest, group by group."""
+    """Adds to rows what the time allows, to left_out the names of the rest, saving after each kind of work."""
     for at, group in enumerate(groups):
-        remaining = deadline - time.perf_counter()
-        if remaining < LEAST_SECONDS:
-            left_out += [f"{g.label(work)}: no time left" for g in groups[at:] for work in g.works]
-            break
+        todo, remaining = list(group.works), deadline - time.perf_counter()
         works_left = sum(len(g.works) for g in groups[at:])
+        reason = "no time left"
         try:
-            new = measure(group, group.works, bench, 0.4 * remaining / works_left)
+            found = measure(group, bench, 0.4 * remaining / works_left)
+            while todo and deadline - time.perf_counter() >= LEAST_SECONDS:
+                new = next(found)
+                todo.pop(0)
+                rows += new
+                for row in new:
+                    print(_line(row), flush=True)
+                save()
+            del found
         except torch.OutOfMemoryError:
-            left_out += [f"{group.label(work)}: out of memory beside the contenders" for work in group.works]
-            torch.cuda.empty_cache()
-            continue
-        rows += new
-        for row in new:
-            print(_line(row), flush=True)
-        save()
+            reason = "out of memory beside the contenders"
+        left_out += [f"{group.label(work)}: {reason}" for work in todo]
         if bench.device == "cuda":
             torch.cuda.empty_cache()
 
@@ -102,9 +104,9 @@ def summary(rows: list[Row]) -> str:
     ]
     cases: dict[str, list[Row]] = {}
     for row in rows:
-        key = " ".join(str(row[k]) for k in ("model", "tokens", "dtype", "head", "work"))
+        key = " ".join(str(row[k]) for k in ("model", "tokens", "dtype", "logits", "head", "work"))
         cases.setdefault(key, []).append(row)
-    for key, members in cases.items():
+    for key, members in cases.items():  # those that were only checked have no line
         timed = [r for r in members if "median_ms" in r and "over_floor" in r]
         mine = [r for r in timed if str(r["contender"]).startswith("aspo_kernels")]
         if not mine:
@@ -135,6 +137,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything; what does not fit is listed")
     parser.add_argument("--only", default="", metavar="PATTERN", help="regular expression on the cases' names")
+    parser.add_argument("--without", metavar="PATTERN", help="regular expression on the contenders' names")
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder for gpu.csv and gpu.json")
     parser.add_argument("--commit", help="recorded with the results where git cannot say")
     for option in ("quick", "check", "tune", "sanitize", "smoke"):
@@ -150,6 +153,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     started = time.perf_counter()
     args = parse()
+    sys.stdout.reconfigure(line_buffering=True)  # what is known when a time limit ends the run
     if args.sanitize:
         sys.exit(sanitize.run())
     header, clock = machine(args.device), Clock(args.device)
@@ -177,7 +181,9 @@ def main() -> None:
         results.write_json(args.out / "gpu.json", content)
 
     rounds = 3 if args.smoke else 5 if args.quick else 15
-    bench = Bench(args.device, clock, device, rounds, slack=2.0 if args.smoke else 1.0)
+    names = {c.name for trainable in (False, True) for c in load(trainable, args.device)[0]}
+    unwanted = {n: "--without" for n in sorted(names) if args.without and re.search(args.without, n)}
+    bench = Bench(args.device, clock, device, rounds, slack=2.0 if args.smoke else 1.0, left_out=unwanted)
     try:
         run(chosen_groups(args), bench, deadline, rows, left_out, save)
     finally:  # also after an error that has broken the device

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from itertools import product
 
 import torch
@@ -17,6 +19,7 @@ from benchmarks.cases import Case
 from benchmarks.contenders import every_way_of_ours
 
 TOOLS = ("memcheck", "racecheck")
+SECONDS = 240  # for each tool
 SIZES = ((1, 16, 17), (37, 72, 701), (130, 264, 1031))  # N, H, V: one token, odd ones, more than a block of each
 
 
@@ -31,10 +34,17 @@ def run() -> int:
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for name in TOOLS:
         command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.sanitize"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        lines = (done.stdout + done.stderr).strip().splitlines()
-        print(f"{name}: exit status {done.returncode}", *lines[-12:], sep="\n  ", flush=True)
-        status = status or done.returncode
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            start_new_session=True,
+        ) as process:  # fmt: skip
+            watch = threading.Timer(SECONDS, os.killpg, (process.pid, signal.SIGKILL))
+            watch.start()
+            lines = process.communicate()[0].strip().splitlines()
+            watch.cancel()
+        slow = f" (stopped after {SECONDS} s)" if process.returncode == -signal.SIGKILL else ""
+        print(f"{name}: exit status {process.returncode}{slow}", *lines[-12:], sep="\n  ", flush=True)
+        status = status or abs(process.returncode)
     return status
 
 

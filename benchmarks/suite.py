@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -16,6 +18,7 @@ from benchmarks.oracle import Answer, Sample
 from benchmarks.timing import Clock, interleaved
 
 SAMPLED = 512  # tokens and vocabulary entries whose gradients are compared
+PATIENCE_SECONDS = 90.0  # a peer whose checks have taken longer (it compiles or tunes itself) is not run any more
 SLICE = 16_384  # vocabulary entries of a bare product
 BARE = {"frozen": ("z", "dX"), "stored": ("z", "dX", "dW"), "recompute": ("z", "dX", "z", "dW")}
 
@@ -55,42 +58,65 @@ class Group:
 @dataclass
 class Bench:
     """Where and how: device "cuda" or "cpu", its ceilings for the model (None = no predictions), rounds at most, slack
-    of the limits."""
+    of the limits. left_out: the contenders that are not run, and why."""
 
     device: str
     clock: Clock
     ceilings: model.Device | None
     rounds: int = 15
     slack: float = 1.0
+    left_out: dict[str, str] = field(default_factory=dict)
+    check_seconds: dict[str, float] = field(default_factory=dict)  # of each contender so far
 
 
-def measure(group: Group, works: Iterable[Work], bench: Bench, seconds: float) -> list[Row]:
-    """A row per contender and work. seconds: about how long the timing of one work may take."""
+def measure(group: Group, bench: Bench, seconds: float) -> Iterator[list[Row]]:
+    """For each work a row per contender. seconds: about how long the timing of one work may take."""
     case = replace(group.case, reference=any(work.reference for work in group.works))
     inputs = case.inputs(bench.device)
     sample = Sample.of(inputs, SAMPLED)
     truth = oracle.answer(inputs, sample)
     eager, fp32 = (oracle.errors(oracle.answer(inputs, sample, how), truth) for how in ("eager", "fp32 logits"))
     allowed = oracle.limits(case.tokens, eager, fp32, bench.slack)
-    rows: list[Row] = []
-    for work in works:
+    for work in group.works:
         given = inputs.with_head(work.trainable)
         given = given if work.reference else given._replace(ref_hidden=None)
         contenders, _ = load(work.trainable, bench.device, case.dtype)
-        checked = {c.name: check(c, given, sample, truth, allowed) for c in contenders}
+        checked = {c.name: _checked(c, given, sample, truth, allowed, bench) for c in contenders}
         size = {name: getattr(case, name) for name in ("tokens", "hidden", "vocabulary", "dtype", "logits")}
         same = {"model": group.model, **size, **dict(zip(("head", "work"), str(work).split(), strict=True))}
         alive = [c for c in contenders if checked[c.name]["status"] == "ran"]
         times = _times(alive, given, bench, seconds) if group.timed else {}
-        mine = [statistics.median(times[c.name]) for c in alive if c.ours and group.timed]
+        mine = [statistics.median(times[c.name]) for c in alive if c.ours and c.name in times]
+        rows: list[Row] = []
         for c in contenders:
-            timed = _figures(c, case, work, times, bench) if c in alive and group.timed else {}
+            timed = _figures(c, case, work, times, bench) if c.name in times else {}
+            if group.timed and c in alive and not timed:
+                checked[c.name]["status"] = "out of memory when timed"
             if timed and mine:
                 timed["over_best_of_ours"] = round(statistics.median(times[c.name]) / min(mine), 3)
             rows.append({**same, "contender": c.name, **checked[c.name], **timed})
         for name in [n for n in times if n not in checked]:
             rows.append({**same, "contender": name, "status": "ran", **_spread(times[name])})
-    return rows
+        yield rows
+
+
+def _checked(
+    contender: Contender, inputs: Inputs, sample: Sample, truth: Answer, allowed: dict[str, float], bench: Bench
+) -> Row:
+    """`check`, or why not."""
+    if contender.name in bench.left_out:
+        return {"status": f"left out: {bench.left_out[contender.name]}", "check": ""}
+    started = time.perf_counter()
+    try:
+        row = check(contender, inputs, sample, truth, allowed)
+    except Exception as error:
+        error.add_note(f"{contender.name} has broken the device: go on without it (--without)")
+        raise
+    took = bench.check_seconds.get(contender.name, 0.0) + time.perf_counter() - started
+    bench.check_seconds[contender.name] = took
+    if took > PATIENCE_SECONDS and not contender.ours:
+        bench.left_out[contender.name] = f"its checks took {took:.0f} s so far"
+    return row
 
 
 def check(contender: Contender, inputs: Inputs, sample: Sample, truth: Answer, allowed: dict[str, float]) -> Row:
@@ -153,13 +179,23 @@ def bare_products(inputs: Inputs, wide: bool) -> dict[str, Callable[[], None]]:
 
 
 def _times(contenders: list[Contender], inputs: Inputs, bench: Bench, seconds: float) -> dict[str, list[float]]:
-    runs: dict[str, Callable[[], object]] = {c.name: (lambda c=c: c.step(inputs)) for c in contenders}
+    """ms of each contender and of the bare products; without those that run out of memory."""
+    failed: set[str] = set()
+
+    def step(contender: Contender) -> None:
+        try:
+            contender.step(inputs)
+        except torch.OutOfMemoryError:
+            failed.add(contender.name)
+
+    runs: dict[str, Callable[[], object]] = {c.name: functools.partial(step, c) for c in contenders}
     bare = bare_products(inputs, wide=False)
     if bench.device == "cuda" and inputs.hidden.dtype != torch.float32:
         bare |= bare_products(inputs, wide=True)
     for run in bare.values():
         run()
-    return interleaved(runs | bare, bench.clock, bench.rounds, seconds, warm=True)
+    times = interleaved(runs | bare, bench.clock, bench.rounds, seconds, warm=True)
+    return {name: values for name, values in times.items() if name not in failed}
 
 
 def _spread(times: list[float]) -> Row:

@@ -11,8 +11,14 @@ import torch
 Run = Callable[[], object]
 
 
+HEAD_START_CYCLES = 4_000_000  # about 2 ms: longer than the host takes to launch a step of a hundred kernels
+
+
 class Clock:
-    """Milliseconds of one call. On a GPU, between two events, with the last-level cache overwritten beforehand."""
+    """Milliseconds of one call. On a GPU, between two events, with the last-level cache overwritten beforehand.
+
+    The host has a head start, as it has in training, where the model's own kernels keep the device busy meanwhile.
+    """
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
@@ -25,12 +31,17 @@ class Clock:
             start = time.perf_counter()
             run()
             return 1e3 * (time.perf_counter() - start)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.other_data.zero_()  # also gives the host a head start, as the model's own kernels do in training
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
+        for _ in range(2):  # again if the allocator had to ask the driver, which waits for the device
+            asked = torch.cuda.memory_stats().get("num_device_alloc")
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(HEAD_START_CYCLES)
+            self.other_data.zero_()
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            if torch.cuda.memory_stats().get("num_device_alloc") == asked:
+                break
         return start.elapsed_time(end)
 
 
@@ -53,6 +64,11 @@ def interleaved(
 def ceilings(device: str, clock: Clock, size: int = 8192) -> dict[str, float]:
     """Rates of a large product (TFLOP/s) and of a large copy (TB/s, bytes read and written) on random data."""
     found = {}
+    if clock.cuda:  # an idle device takes a while to its full clock
+        a, end = torch.randn(size, size, device=device), time.perf_counter() + 0.5
+        while time.perf_counter() < end:
+            clock.ms(lambda: a @ a)
+        del a
     for name, dtype, n in (("bf16_tflops", torch.bfloat16, size), ("fp32_tflops", torch.float32, size // 2)):
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         product = statistics.median(interleaved({name: lambda a=a, b=b: a @ b}, clock, 10)[name])

@@ -55,8 +55,8 @@ def _ms(inputs: Inputs, candidate: str, size: tiles.TileSize, budget: int | None
     with gpu_tile(size):
         try:
             times = interleaved({"": lambda: contender.step(inputs)}, clock, 5)
-        except (RuntimeError, ValueError) as error:  # out of memory, or a tile that the kernels refuse
-            torch.cuda.synchronize()
+        except Exception as error:  # out of memory, or a tile that the kernels or their compiler refuse
+            torch.cuda.synchronize()  # raises if the error has broken the device
             print(f"  {candidate} {size}: {str(error).splitlines()[0][:100]}", flush=True)
             return float("inf")
     return statistics.median(times[""])

@@ -154,7 +154,7 @@ def test_one_group_end_to_end_and_what_the_time_leaves_out(capsys: pytest.Captur
     rows: list[suite.Row] = []
     left_out: list[str] = []
     gpu.run([group], bench, time.perf_counter() + 300, rows, left_out, lambda: saved.append(len(rows)))
-    assert left_out == [] and saved == [len(rows)]
+    assert left_out == [] and len(saved) == 2 and saved[-1] == len(rows)
     mine = [r for r in rows if r["contender"] == "aspo_kernels, torch, recompute"]
     assert len(mine) == 1 and mine[0]["check"] == "ok" and mine[0]["identical"] is True
     bare = {
@@ -172,10 +172,58 @@ def test_one_group_end_to_end_and_what_the_time_leaves_out(capsys: pytest.Captur
     )
     assert mine[0]["floor_ms"] == pytest.approx(2 * bare["bare z"] + bare["bare dX"], abs=3e-4)
     table = gpu.summary(rows).splitlines()
-    assert len(table) == 3 and table[1].startswith("tiny 6 fp32 trainable policy |")
+    assert len(table) == 3 and table[1].startswith("tiny 6 fp32 random trainable policy |")
     rows.clear()
     gpu.run([group], bench, time.perf_counter() + 1, rows, left_out, lambda: None)
     assert rows == [] and left_out[1:] == ["tiny N 6 fp32 random frozen policy+reference: no time left"]
+
+
+def out_of_memory_at(call: int) -> Contender:
+    """Eager PyTorch, until memory is short."""
+    calls = itertools.count(1)
+
+    def per_token(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if next(calls) >= call:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return (hidden @ head.T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+    return Contender(f"short at {call}", per_token)
+
+
+def test_one_contender_that_fails_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    contenders = [out_of_memory_at(2), out_of_memory_at(5), wrong("right"), wrong("crash"), out_of_memory_at(999)]
+    monkeypatch.setattr(suite, "load", lambda *_: (contenders, {}))
+    bench = suite.Bench("cpu", Clock("cpu"), None, rounds=3, slack=2.0, left_out={"short at 999": "--without"})
+    (rows,) = suite.measure(suite.Group("tiny", replace(tiny(), tokens=6), (Work(),)), bench, 60)
+    assert [r["status"] for r in rows][:5] == [
+        "out of memory",
+        "out of memory when timed",
+        "ran",
+        "failed: RuntimeError: no such kernel",
+        "left out: --without",
+    ]
+    assert [r["contender"] for r in rows if "median_ms" in r] == ["right", "bare z", "bare dX", "bare dW"]
+
+
+def test_a_slow_peer_is_not_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(suite, "load", lambda *_: ([wrong("right"), out_of_memory_at(999)], {}))
+    bench = suite.Bench("cpu", Clock("cpu"), None, rounds=3, slack=2.0)
+    first, second = suite.measure(suite.Group("tiny", replace(tiny(), tokens=6), (Work(), Work())), bench, 60)
+    assert [r["status"] for r in first[:2]] == ["ran", "ran"]
+    assert [r["status"] for r in second[:2]] == ["ran", "left out: its checks took 0 s so far"]
+
+
+def test_cases_that_are_only_checked_have_no_line_in_the_summary() -> None:
+    same = {"model": "m", "tokens": 2, "dtype": "bf16", "head": "frozen", "work": "policy", "check": "ok"}
+    figures = {"median_ms": 1.0, "over_floor": 1.5, "floor_ms": 0.7, "over_best_of_ours": 1.0}
+    rows = [
+        same | {"logits": logits, "contender": name, "status": "ran", **(figures if logits == "random" else {})}
+        for logits in ("random", "peaked")
+        for name in ("aspo_kernels, torch", "eager PyTorch")
+    ]
+    (line,) = gpu.summary(rows).splitlines()[1:]
+    assert line.startswith("m 2 bf16 random frozen policy |") and line.count("eager") == 1
 
 
 def test_the_cases_are_the_ones_promised() -> None:
