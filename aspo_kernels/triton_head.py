@@ -109,10 +109,10 @@ def _raise_kernel(
 ):  # fmt: skip
     """One program per token: another shift after the last slice."""
     n = tl.program_id(0).to(tl.int64)
-    before, shift = tl.load(sums_ptr + n), tl.load(shift_ptr + n)
+    before, shift, total = tl.load(sums_ptr + n), tl.load(shift_ptr + n), tl.load(sums_ptr + N + n)
+    tl.debug_barrier()  # all warps have read what one of them overwrites, or a late one would find nothing to rescale
     if shift != before:
         rescale = tl.exp(before - shift)
-        total = tl.load(sums_ptr + N + n)
         tl.store(sums_ptr + n, shift)
         tl.store(sums_ptr + N + n, total * rescale)
         if n < m:
