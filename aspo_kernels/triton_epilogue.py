@@ -30,7 +30,12 @@ def logits(z, bias, logit_scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr
     z = (z + bias) * logit_scale
     derivative = 1.0
     if HAS_SOFTCAP:
-        tanh = 1 - 2 / (tl.exp(z * (2 / softcap)) + 1)  # where exp overflows, tanh is 1, as it should be
+        u = z * (1 / softcap)
+        tanh = 1 - 2 / (tl.exp(2 * u) + 1)  # where exp overflows, tanh is 1, as it should be
+        s = u * u  # near 0 that difference has the rounding of 1, where Cephes's polynomial keeps u's digits
+        series = 2.06390887954e-2 - 5.70498872745e-3 * s
+        series = ((series * s - 5.37397155531e-2) * s + 1.33314422036e-1) * s - 3.33332819422e-1
+        tanh = tl.where(s < 0.390625, u + u * s * series, tanh)
         z = softcap * tanh
         derivative = 1 - tanh * tanh
     return z * (1 / temperature), derivative

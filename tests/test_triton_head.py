@@ -118,6 +118,13 @@ def test_digits_as_p_goes_to_one(device):
 
 
 @pytest.mark.usefixtures("candidate", "poison")
+def test_digits_of_logits_far_below_the_soft_cap(device):
+    """cap(u) is nearly u there; a tanh that is a difference from 1 rounds at the size of the cap, here 3e-5 after T."""
+    problem = Problem(9, 70, 8, torch.float32, spread=0.3, bias=False)
+    check(problem, "frozen", backend="triton", device=device, softcap=30.0, temperature=0.05)
+
+
+@pytest.mark.usefixtures("candidate", "poison")
 @pytest.mark.parametrize("schedule", ["frozen", "stored", "recompute"])
 def test_non_contiguous_operands(schedule, device):
     wide, tall = torch.randn(20, 48, device=device), torch.randn(17, 90, device=device)
