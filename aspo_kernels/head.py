@@ -217,7 +217,10 @@ def head_grads(
     with op_context(hidden):
         if exps is not None:
             for grad, operand in small:
-                grad.copy_(torch.mm(exps.T, operand).mul_(scale).view_as(grad))
+                room = grad.view(vocabulary, -1) if grad.dtype == narrow else None  # spares a second V x H
+                product = torch.mm(exps.T, operand, out=room).mul_(scale)
+                if room is None:
+                    grad.copy_(product.view_as(grad))
         else:
             assert targets is not None and weight is not None
             head = Head(weight, bias if bias is None else bias.contiguous(), lora, epilogue)
