@@ -122,7 +122,8 @@ def policy_and_reference_logps(
             fits = hidden.shape[0] * head.shape[0] * entry_bytes <= budget if grad and trainable else False
             keep = "nothing" if not grad or not trainable else "exps" if fits else "inputs"
             logps, ref_logps, *_ = head_logps(
-                hidden, ref_hidden, head, bias, lora_b, targets, *vars(epilogue).values(), backend,
+                hidden, ref_hidden, head, bias, lora_b, targets,
+                epilogue.logit_scale, epilogue.softcap, epilogue.temperature, backend,
                 grad and hidden.requires_grad, keep,
                 vocabulary.start if vocabulary else 0, vocabulary.group_name if vocabulary else None,
             )  # fmt: skip
@@ -150,7 +151,7 @@ def _from_full_logits(
     logps, ref_logps = (
         hidden.new_empty(0, dtype=dtype)
         if x is None
-        else reference.linear_logps(x.to(dtype), wide, targets, bias, **vars(epilogue))
+        else reference.linear_logps(x.to(dtype), wide, targets, bias, **epilogue.options)
         for x in (hidden, ref_hidden)
     )
     return logps, ref_logps.detach()

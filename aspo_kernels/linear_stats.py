@@ -108,9 +108,11 @@ def linear_stats(
             dtype = statistics_dtype(hidden.dtype)
             wide_bias = bias if bias is None else bias.to(dtype)
             wide = (hidden.to(dtype), head.to(dtype), targets, wide_bias)
-            logps, *rest = reference.linear_stats(*wide, **vars(epilogue))
+            logps, *rest = reference.linear_stats(*wide, **epilogue.options)
         else:
-            logps, *rest, _ = _linear_stats(hidden, head, bias, targets, *vars(epilogue).values(), backend)
+            logps, *rest, _ = _linear_stats(
+                hidden, head, bias, targets, epilogue.logit_scale, epilogue.softcap, epilogue.temperature, backend
+            )
     check_finite_logps(logps, targets)
     return LinearStats(logps, *(t if name in outputs else None for name, t in zip(OUTPUTS, rest, strict=True)))
 

@@ -136,11 +136,13 @@ def linear_token_kl(
         if backend == "reference":
             dtype = statistics_dtype(hidden.dtype)
             wide = (t if t is None or t is targets else t.to(dtype) for t in operands)
-            outputs = reference.linear_token_kl(*wide, **vars(epilogue))  # type: ignore[arg-type]
+            outputs = reference.linear_token_kl(*wide, **epilogue.options)  # type: ignore[arg-type]
         else:
             trainable = head.requires_grad or (bias is not None and bias.requires_grad)
             row_grads = torch.is_grad_enabled() and hidden.requires_grad and not trainable
-            outputs = _linear_token_kl(*operands, *vars(epilogue).values(), backend, row_grads)[:3]
+            outputs = _linear_token_kl(
+                *operands, epilogue.logit_scale, epilogue.softcap, epilogue.temperature, backend, row_grads
+            )[:3]
     check_finite_logps(outputs[1], targets)
     check_finite_logps(outputs[2], targets)
     return TokenKL(*outputs)

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,6 +71,11 @@ class Epilogue:
                 raise ValueError(f"{name} is {value}; it must be positive and finite")
         if not 0 < abs(self.logit_scale) < float("inf"):
             raise ValueError(f"logit_scale is {self.logit_scale}; it must be finite and not 0")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keywords that it was made from."""
+        return {"logit_scale": self.logit_scale, "softcap": self.softcap, "temperature": self.temperature}
 
     def derivative(self, z: Tensor) -> Tensor | None:
         """The soft-cap's factor in dz / d(x W^T) at the logits z, or None where there is no cap."""
