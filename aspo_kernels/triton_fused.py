@@ -146,18 +146,8 @@ def fused_tile(
 
 def fused_again(x: Tensor, y: Tensor, head: Head, part: slice, shift: Tensor, entry: Tensor, out: Tensor) -> None:
     """As torch_head.exps_again."""
-    _launch(
-        x,
-        y,
-        head,
-        part,
-        shift,
-        entry,
-        out,
-        out.shape[0],
-        shift,
-        fused_blocks(x.dtype, head.epilogue.softcap is not None),
-    )
+    blocks = fused_blocks(x.dtype, head.epilogue.softcap is not None)
+    _launch(x, y, head, part, shift, entry, out, out.shape[0], shift, blocks)
 
 
 def _launch(

@@ -112,8 +112,8 @@ def share_targets(chunk: Chunk, group: dist.ProcessGroup) -> None:
 
 def merge_sums(chunk: Chunk, head: Head, raise_to: Callable[[Chunk, Head, Tensor], None], group: Any) -> None:
     """Bring all processes to the largest of their shifts, and their sums together."""
-    every = chunk.sums.new_empty(group.size(), 2, chunk.sums.shape[1])
-    dist.all_gather(list(every.unbind(0)), chunk.sums[:2], group=group)
+    every = chunk.sums.new_empty(group.size(), *chunk.sums.shape)
+    dist.all_gather(list(every.unbind(0)), chunk.sums, group=group)
     shifts, totals = every.unbind(1)
     shift = shifts.amax(0)
     raise_to(chunk, head, shift)

@@ -55,6 +55,17 @@ def test_odd_sizes(schedule, sizes, device):
     check(Problem(*sizes, torch.float32, bias=False), schedule, backend="triton", device=device)
 
 
+@pytest.mark.usefixtures("candidate", "poison")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("schedule", ["frozen", "stored", "recompute"])
+def test_a_last_chunk_of_one_token(schedule, dtype, device):
+    """Its sum of products is (1, H), which torch.addmm could take for a bias; on a GPU each dtype has its own GEMM."""
+    check(
+        Problem(17, 129, 64, dtype, bias=False), schedule, 6e-3 if dtype != torch.float32 else 0.0,
+        backend="triton", device=device,
+    )  # fmt: skip
+
+
 def test_no_tokens(device):
     hidden = torch.empty(0, 3, device=device, requires_grad=True)
     logps = linear_logps(hidden, torch.ones(5, 3, device=device), torch.empty(0, dtype=torch.int64, device=device))
