@@ -144,8 +144,8 @@ def _fused(
         ref_logps.detach(),
         None if x.similarity is None else x.similarity.detach(),
         layout.perplexity_mask,
-        layout.sentence_offsets,
-        layout.response_offsets,
+        layout.sentence_offsets.contiguous(),  # the kernel reads adjacent numbers
+        layout.response_offsets.contiguous(),
         layout.with_role(0),
         layout.with_role(1),
         layout.chosen_starts,

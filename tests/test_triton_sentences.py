@@ -285,6 +285,14 @@ def test_fp16_log_probabilities_that_are_strided(device):
     assert_same(run(x), oracle(x), rtol=1e-3, atol=1e-4)  # the gradient is fp16, as the log-probabilities are
 
 
+def test_a_layout_of_strided_tensors(device):
+    names = ("targets", "hidden_index", "sentence_offsets", "response_offsets", "group", "role", "perplexity_mask")
+    strided = SentenceLayout(*(torch.stack([getattr(LAYOUT, name)] * 2, 1)[:, 0] for name in names))
+    plain, x = make(LAYOUT, 5, device), make(strided, 5, device)
+    assert not strided.sentence_offsets.is_contiguous()
+    assert_same(run(x), run(plain), rtol=0.0, atol=0.0)
+
+
 @pytest.mark.parametrize("lengths", [[[1] * 100_000, [1]], [[99_990, *[1] * 10], [50_000, 50_000]]])
 def test_100_000_tokens(device, lengths):
     """Sums of 100,000 log-ratios, in one sentence or 100,000: fp32 sums would miss the margin by 1e-2 and more."""
