@@ -93,8 +93,8 @@ def check_targets(targets: Tensor, size: int, vocabulary: int, device: torch.dev
         for at in (int(targets.argmin()), int(targets.argmax())):
             if not 0 <= int(targets[at]) < vocabulary:
                 raise ValueError(
-                    f"targets[{at}] is {int(targets[at])}, outside the vocabulary [0, {vocabulary}); "
-                    "leave uncounted positions (-100) out of the targets"
+                    f"targets[{at}] is {int(targets[at])}, outside the vocabulary [0, {vocabulary}); leave uncounted "
+                    "positions (-100) out of the targets; with a part of a head give its VocabularyShard"
                 )
 
 
@@ -111,9 +111,10 @@ def check_finite_logps(logps: Tensor, targets: Tensor) -> None:
     bad = torch.nonzero(~torch.isfinite(logps.detach())).flatten()
     if bad.numel():
         at = int(bad[0])
+        value = float(logps.detach()[at])
         raise ValueError(
-            f"the log-probability of token {at} (target {int(targets[at])}) is {float(logps[at])}: its hidden state, "
-            f"the head or the bias holds NaN or inf, or the target is masked ({bad.numel()} such tokens)"
+            f"the log-probability of token {at} (target {int(targets[at])}) is {value}: its hidden state, the "
+            f"head or the bias holds NaN or inf, or the target is masked ({bad.numel()} such tokens)"
         )
 
 

@@ -92,6 +92,8 @@ def policy_and_reference_logps(
     ref_hidden: (N, H) or None; no gradient reaches it. Its rows are stacked on the policy's, chunk by chunk, so that
     each slice of the head is read once for both. Returns (N,) and (N,) or None.
     """
+    if lora is not None and len(lora) != 3:
+        raise ValueError(f"lora must be (A, B, scaling), got {len(lora)} entries; scaling is lora_alpha / r")
     lora_a, lora_b, scaling = (None, None, 0.0) if lora is None else lora
     hidden, head, bias, ref_hidden, lora_a, lora_b = cast_for_autocast(  # type: ignore[assignment]
         hidden.device.type, hidden, head, bias, ref_hidden, lora_a, lora_b

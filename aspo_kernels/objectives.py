@@ -186,6 +186,10 @@ def get(name: str | Objective) -> Objective:
     """The objective registered under `name` (an Objective is returned as it is)."""
     if isinstance(name, Objective):
         return name
+    if not isinstance(name, str):
+        raise ValueError(
+            f"an objective's name is a string, got {name!r}; for several use weighted_sum({{name: weight}})"
+        )
     if name not in _REGISTRY:
         raise ValueError(f"unknown objective {name!r}; choose one of {', '.join(names())}")
     return _REGISTRY[name]

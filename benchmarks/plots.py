@@ -46,6 +46,8 @@ class Point(NamedTuple):
 def points(rows: Sequence[dict[str, str]]) -> list[Point]:
     """What is drawn of a CPU's or a GPU's results: random logits, policy only."""
     found = []
+    lengths = {row["tokens"] for row in rows}  # a run may have left the usual one out
+    tokens = GPU_TOKENS if GPU_TOKENS in lengths else max(lengths, key=int, default=GPU_TOKENS)
     for row in rows:
         if row["logits"] != "random" or row["contender"].startswith("bare"):
             continue
@@ -54,7 +56,7 @@ def points(rows: Sequence[dict[str, str]]) -> list[Point]:
             found.append(
                 Point(f"{row['head']}, {row['dtype']}", row["contender"], 1 / float(row["gemm_over_this"]), memory)
             )
-        elif row["over_floor"] and row["work"] == "policy" and row["tokens"] == GPU_TOKENS and row["dtype"] == "bf16":
+        elif row["over_floor"] and row["work"] == "policy" and row["tokens"] == tokens and row["dtype"] == "bf16":
             found.append(Point(f"{row['head']}, {row['model']}", row["contender"], float(row["over_floor"]), memory))
     return found
 

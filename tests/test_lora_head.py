@@ -87,6 +87,7 @@ def test_the_reference_keeps_the_head_without_lora(backend, device):
         ),
         ((torch.ones(R, H), torch.ones(V, R + 1), 1.0), r"\(3, 12\) and \(100, 4\)"),
         ((torch.ones(R, H), torch.ones(V, R), float("nan")), "lora's scaling is nan"),
+        ((torch.ones(R, H), torch.ones(V, R)), r"lora must be \(A, B, scaling\), got 2 entries"),
         ((torch.ones(R, H, dtype=torch.bfloat16), torch.ones(V, R), 1.0), "lora's A is torch.bfloat16"),
     ],
 )
