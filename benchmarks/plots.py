@@ -46,8 +46,7 @@ class Point(NamedTuple):
 def points(rows: Sequence[dict[str, str]]) -> list[Point]:
     """What is drawn of a CPU's or a GPU's results: random logits, policy only."""
     found = []
-    lengths = {row["tokens"] for row in rows}  # a run may have left the usual one out
-    tokens = GPU_TOKENS if GPU_TOKENS in lengths else max(lengths, key=int, default=GPU_TOKENS)
+    tokens = _tokens(rows)
     for row in rows:
         if row["logits"] != "random" or row["contender"].startswith("bare"):
             continue
@@ -59,6 +58,12 @@ def points(rows: Sequence[dict[str, str]]) -> list[Point]:
         elif row["over_floor"] and row["work"] == "policy" and row["tokens"] == tokens and row["dtype"] == "bf16":
             found.append(Point(f"{row['head']}, {row['model']}", row["contender"], float(row["over_floor"]), memory))
     return found
+
+
+def _tokens(rows: Sequence[dict[str, str]]) -> str:
+    """The N that is drawn of a GPU's results: the usual one, or the longest where a run left that out."""
+    lengths = {row["tokens"] for row in rows}
+    return GPU_TOKENS if GPU_TOKENS in lengths else max(lengths, key=int, default=GPU_TOKENS)
 
 
 def draw(source: Path, target: Path) -> None:
@@ -93,7 +98,7 @@ def draw(source: Path, target: Path) -> None:
     axes[0].set_xticks([t for t in (0.5, 1, 2, 5, 10, 20, 50) if t <= 1.5 * max(p.over_floor for p in drawn)])
     axes[0].set_yticks(range(len(groups)), groups)
     axes[0].set_ylim(len(groups) - 0.5, -0.5)
-    figure.suptitle(_title(header, rows[0]), fontsize=9)
+    figure.suptitle(_title(header, rows), fontsize=9)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     target.parent.mkdir(exist_ok=True)
     figure.savefig(target, metadata={"Date": None, "Description": f"sha256 {_hash(source)}"})
@@ -101,13 +106,14 @@ def draw(source: Path, target: Path) -> None:
     target.write_text(re.sub(r"[ \t]+$", "", target.read_text(), flags=re.M))
 
 
-def _title(header: dict[str, str], first: dict[str, str]) -> str:
+def _title(header: dict[str, str], rows: Sequence[dict[str, str]]) -> str:
     """What it was measured on."""
+    first = rows[0]
     if header["device"] == "cpu":
         where = f"{header['threads']} threads of {header['cpu']}"
         size = f"N {int(first['tokens']):,}, H {int(first['hidden']):,}, V {int(first['vocabulary']):,}"
     else:
-        where, size = f"one {header['device']}", f"N {int(GPU_TOKENS):,}, bf16"
+        where, size = f"one {header['device']}", f"N {int(_tokens(rows)):,}, bf16"
     return f"Forward + backward, {size}, on {where}; torch {header['torch']}, commit {header['commit']}"
 
 

@@ -194,7 +194,7 @@ def test_options_returns_a_copy():
 def test_unknown_names_and_options():
     with pytest.raises(ValueError, match="unknown objective 'dpoo'; choose one of aspo, dpo"):
         objectives.get("dpoo")
-    with pytest.raises(ValueError, match=r"name is a string, got \['dpo', 'sft'\]; for several: weighted_sum"):
+    with pytest.raises(ValueError, match=r"name is a string, got \['dpo', 'sft'\]; for several use weighted_sum"):
         objectives.get(["dpo", "sft"])
     with pytest.raises(ValueError, match=r"objective 'dpo' takes no option alpha, gamma; it takes beta=0.1"):
         objectives.get("dpo")(inputs(), gamma=1, alpha=0.5)
