@@ -243,7 +243,7 @@ def extra_bytes(schedule: str, case: Case, device: Device, plan: Plan | None = N
     kept = rows + 12.0 * N + (e * N * V if schedule == "stored" else 0.0)  # G, three numbers a token, E
     forward = kept + tile + (4 + e) * n * H  # an fp32 accumulator and W[y] of a chunk; nothing returned yet
     group = 4.0 * n * v * (plan.candidate == "tile") + e * min(N, GROUP_TOKENS) * v + 4.0 * v * H
-    backward = {"frozen": 0.0, "stored": rows + e * V * H, "recompute": rows + group}[schedule]
+    backward = {"frozen": 0.0, "stored": rows, "recompute": rows + group}[schedule]
     return max(forward - returned, kept + backward)
 
 
