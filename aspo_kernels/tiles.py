@@ -196,9 +196,14 @@ def gradient_operand_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def has_fp32_results(device: torch.device) -> bool:
+    """Whether torch multiplies narrow operands there into an fp32 result: on NVIDIA's GPUs (ROCm's is untested)."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def widen(x: Tensor) -> Tensor:
     """The left operand of `products`: fp32 where the device has no narrow product with an fp32 result."""
-    return x.float() if x.dtype in _NARROW and x.device.type != "cuda" else x
+    return x.float() if x.dtype in _NARROW and not has_fp32_results(x.device) else x
 
 
 def products(x: Tensor, w: Tensor) -> Tensor:
@@ -215,9 +220,12 @@ def products(x: Tensor, w: Tensor) -> Tensor:
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, where total is fp32 and a and b may be narrow.  (m, n), (m, k), (k, n)."""
-    if a.dtype == b.dtype and a.dtype in _NARROW and a.device.type == "cuda":
+    if a.dtype == b.dtype and a.dtype in _NARROW and has_fp32_results(a.device):
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    elif a.device.type == "cuda":
+        return
+    if a.dtype == torch.float16:  # its sums of E W would overflow
+        a = a.float()
+    if a.dtype == total.dtype and a.device.type != "cpu":
         total.addmm_(a, b.to(a.dtype))
     else:
         total += matmul(a, b.to(a.dtype))

@@ -20,6 +20,12 @@ hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, m
 hypothesis.settings.load_profile("tests")
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random numbers in every run of a test, whichever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def poison() -> Iterator[None]:
     """torch.empty is filled with NaN, so that an entry nobody wrote shows."""

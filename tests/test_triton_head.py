@@ -153,7 +153,7 @@ def test_non_contiguous_operands(schedule, device):
             logps.sum().backward()
             results.append([logps.detach()] + [t.grad for t in (x, w) if t.grad is not None])
         for strided, plain in zip(*results, strict=True):
-            torch.testing.assert_close(strided, plain, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(strided, plain, rtol=1e-5, atol=2e-5)  # other strides, another order of sums
 
 
 @pytest.mark.usefixtures("candidate", "poison")
