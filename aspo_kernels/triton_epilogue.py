@@ -42,6 +42,19 @@ def logits(z, bias, logit_scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr
 
 
 @triton.jit
+def row_logits(
+    z_ptr, bias_ptr, offs_v, mask_v, logit_scale, softcap, temperature,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """The epilogue on a row of a tile of products, in memory as fp32."""
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+    z = tl.load(z_ptr + offs_v, mask=mask_v, other=0.0)
+    return logits(z, bias, logit_scale, softcap, temperature, HAS_SOFTCAP)
+
+
+@triton.jit
 def target_entry(total, z_y, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
     """What stands for the target in E d: -S d_y."""
     entry = -total

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from aspo_kernels.tiles import Chunk, Head, gradient_operand_dtype, widen
-from aspo_kernels.triton_epilogue import logits, max_lead, rescale_row, scalars, target_entry
+from aspo_kernels.triton_epilogue import logits, max_lead, rescale_row, row_logits, scalars, target_entry
 from aspo_kernels.triton_fused import MAX_STRIDE, fused_again, fused_tile
 
 CANDIDATE = "tile"  # or "fused": private, until a GPU has said which is faster where
@@ -62,11 +62,9 @@ def _exps_kernel(
     n = tl.program_id(0).to(tl.int64)
     offs_v = tl.arange(0, BLOCK_V)
     mask_v = offs_v < width
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
-    z = tl.load(z_ptr + n * stride_zn + offs_v, mask=mask_v, other=0.0)
-    z, derivative = logits(z, bias, logit_scale, softcap, temperature, HAS_SOFTCAP)
+    z, derivative = row_logits(
+        z_ptr + n * stride_zn, bias_ptr, offs_v, mask_v, logit_scale, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
+    )
     before = tl.load(sums_ptr + n)
     highest = tl.max(tl.where(mask_v, z, float("-inf")))
     shift = tl.where(highest > before + lead, highest, before)
@@ -93,11 +91,9 @@ def _exps_again_kernel(
     n = tl.program_id(0).to(tl.int64)
     offs_v = tl.arange(0, BLOCK_V)
     mask_v = offs_v < width
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
-    z = tl.load(z_ptr + n * stride_zn + offs_v, mask=mask_v, other=0.0)
-    z, derivative = logits(z, bias, logit_scale, softcap, temperature, HAS_SOFTCAP)
+    z, derivative = row_logits(
+        z_ptr + n * stride_zn, bias_ptr, offs_v, mask_v, logit_scale, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
+    )
     e = tl.exp(z - tl.load(shift_ptr + n)) * derivative
     e = tl.where(offs_v + start == tl.load(y_ptr + n), tl.load(entry_ptr + n), e)
     tl.store(e_ptr + n * stride_en + offs_v, e.to(e_ptr.dtype.element_ty), mask=mask_v)

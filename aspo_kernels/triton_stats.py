@@ -12,21 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from aspo_kernels.tiles import Chunk, Head
-from aspo_kernels.triton_epilogue import logits, scalars
+from aspo_kernels.triton_epilogue import row_logits, scalars
 from aspo_kernels.triton_head import row_warps
-
-
-@triton.jit
-def _row_logits(
-    z_ptr, bias_ptr, offs_v, mask_v, logit_scale, softcap, temperature,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """A row of products to logits and the soft-cap's derivative."""
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
-    z = tl.load(z_ptr + offs_v, mask=mask_v, other=0.0)
-    return logits(z, bias, logit_scale, softcap, temperature, HAS_SOFTCAP)
 
 
 @triton.jit
@@ -38,7 +25,7 @@ def _add_stats_kernel(
     n = tl.program_id(0).to(tl.int64)
     offs_v = tl.arange(0, BLOCK_V)
     mask_v = offs_v < width
-    z, _ = _row_logits(
+    z, _ = row_logits(
         z_ptr + n * stride_zn, bias_ptr, offs_v, mask_v, logit_scale, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
     )
     y = tl.load(y_ptr + n) - start
@@ -67,7 +54,7 @@ def _stats_grad_kernel(
     n = tl.program_id(0).to(tl.int64)
     offs_v = tl.arange(0, BLOCK_V)
     mask_v = offs_v < width
-    z, derivative = _row_logits(
+    z, derivative = row_logits(
         z_ptr + n * stride_zn, bias_ptr, offs_v, mask_v, logit_scale, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
     )
     rows_ptr += n
@@ -90,10 +77,10 @@ def _add_pair_kernel(
     n = tl.program_id(0).to(tl.int64)
     offs_v = tl.arange(0, BLOCK_V)
     mask_v = offs_v < width
-    z, derivative = _row_logits(
+    z, derivative = row_logits(
         z_ptr + n * stride_zn, bias_ptr, offs_v, mask_v, logit_scale, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
     )
-    ref_z, _ = _row_logits(
+    ref_z, _ = row_logits(
         ref_z_ptr + n * stride_rn, ref_bias_ptr, offs_v, mask_v, logit_scale, softcap, temperature,
         HAS_REF_BIAS, HAS_SOFTCAP,
     )  # fmt: skip
@@ -139,10 +126,10 @@ def _pair_grad_kernel(
     n = tl.program_id(0).to(tl.int64)
     offs_v = tl.arange(0, BLOCK_V)
     mask_v = offs_v < width
-    z, derivative = _row_logits(
+    z, derivative = row_logits(
         z_ptr + n * stride_zn, bias_ptr, offs_v, mask_v, logit_scale, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
     )
-    ref_z, _ = _row_logits(
+    ref_z, _ = row_logits(
         ref_z_ptr + n * stride_rn, ref_bias_ptr, offs_v, mask_v, logit_scale, softcap, temperature,
         HAS_REF_BIAS, HAS_SOFTCAP,
     )  # fmt: skip
