@@ -1,17 +1,20 @@
-"""From rows to batches: prompts as text, responses as token ids, and the padded batch with its SentenceLayout.
+"""From rows to batches: prompts as text, responses as token ids, and the grid of tokens with its SentenceLayout.
 
-Rows, their files and their checks are in `aspo.rows` (re-exported here). Axes: B rows, R = 2B responses (chosen rows
-0..B-1, then rejected rows), T padded length, S sentences.
+Rows, their files and their checks are in `aspo.rows` (re-exported here); how tokens lie in a batch is `aspo.grid`.
+Axes: B rows, R and T rows and columns of the grid, N counted tokens, S sentences.
 """
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from aspo.folder import append_row, load_images, row_name, write_rows
+from aspo.grid import GridItem, Response, grid_inputs, place, tree_layout
 from aspo.prompts import (
     Prompt,
     encode_prompt,
@@ -25,29 +28,59 @@ from aspo.prompts import (
 from aspo.rows import load_rows
 from aspo.sentences import Splitter, check_spans, sentences_without_tokens, split_sentences, token_sentences
 from aspo.validate import response_text, validate_rows
-from aspo_kernels.layout import IGNORE_INDEX, SentenceLayout
 
 logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 
+# token_type_ids of a response's tokens, where they are not 0 (text). PaliGemma lets the tokens of type 0 see each other
+# both ways, so that its responses must be of type 1: they would see their own future.
+RESPONSE_TYPES = {"PaliGemmaProcessor": 1}
+
+
+class ReferenceLogps(Protocol):
+    """Where a collator finds cached log-probabilities (`aspo.logp_cache`)."""
+
+    def get(self, row: Row) -> Sequence[Tensor]:
+        """One (tokens,) fp32 tensor for each response of the row."""
+
+
+class Reading(NamedTuple):
+    """A row's prompt with some images, and the responses that are read behind it, as (role, column)."""
+
+    group: int
+    row: Row
+    images: list[Image.Image]
+    prompt: Prompt
+    responses: tuple[tuple[int, str], ...]
+
 
 class Collator:
-    """Rows -> one padded batch. Each image is decoded and processed once for all responses of its row.
+    """Rows -> one batch. Each image is decoded and processed once for all responses of its row.
 
     Args:
         processor: a processor, or a fast tokenizer for text-only models; EOS becomes its pad token where it has none.
         max_length: tokens of prompt + response; a longer response is cut (its lost sentences and their similarities
             with it), the prompt and its image tokens never are. None = no limit.
         splitter: cuts responses that come without sentence spans.
-        responses: the columns that make the batch's rows, in order; the first one is role 0 (chosen).
+        responses: the columns that make the batch's responses, in order; the first one is role 0 (chosen).
+        shared_prefix: responses that are read behind the same prompt and images share one copy of them (`aspo.tree`).
+        padding_free: everything in one row, without padding.
+        reference: cached log-probabilities of the reference; else the columns ref_chosen_logps, ref_rejected_logps.
+
+    A row's `rejected_images` are what its rejected response is read with, instead of its images. Each of its
+    `negative_images` adds a reading of the chosen response, with roles behind those of `responses`.
 
     Returns (from a call on a list of rows) a dict:
-        model_inputs: dict of tensors with R rows: input_ids and attention_mask (R, T), right-padded, and everything
-            else the processor made (pixel_values, image_grid_thw, ...), chosen rows' images, then the same again.
-        layout: SentenceLayout on the CPU; labels are shifted, so hidden[r, t] predicts its target at [r, t].
+        model_inputs: dict of tensors: input_ids and attention_mask (R, T), 1 = token, and everything else the
+            processor made: tensors with one entry a token (R, T), those of images in the order of the grid's items.
+        tree: TokenTree, what lies where. Plain (neither shared nor padding-free): chosen rows, then rejected rows.
+        layout: SentenceLayout on the CPU, responses by role and then by row; its hidden_index points into the grid.
+        distinct: Distinct, or None where no two counted tokens are the same prediction.
         similarity: (S_chosen,) float32, or None where the rows have none.
+        ref_logps: (N,) float32 in the layout's order, or None.
         sample_weight: (B,) float32, or None.
+        image_keys: list of str, a hash of each image's pixels, in the order of the image tensors.
         ids: list of str.
     """
 
@@ -57,6 +90,10 @@ class Collator:
         max_length: int | None = None,
         splitter: Splitter = split_sentences,
         responses: Sequence[str] = ("chosen", "rejected"),
+        *,
+        shared_prefix: bool = False,
+        padding_free: bool = False,
+        reference: ReferenceLogps | None = None,
     ) -> None:
         tokenizer = tokenizer_of(processor)
         if not getattr(tokenizer, "is_fast", False):
@@ -65,45 +102,83 @@ class Collator:
             raise ValueError(f"max_length is {max_length}; it must be at least 1, or None for no limit")
         self.processor, self.max_length, self.splitter = processor, max_length, splitter
         self.responses = tuple(responses)
+        self.shared_prefix, self.padding_free, self.reference = shared_prefix, padding_free, reference
         self._warned = False
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        images = [named(row, load_images, row) for row in rows]
-        prompts = [
-            named(row, encode_prompt, self.processor, row["prompt"], pictures)
-            for row, pictures in zip(rows, images, strict=True)
+        readings = [reading for group, row in enumerate(rows) for reading in named(row, self._readings, group, row)]
+        copies = 1
+        if not self.shared_prefix:
+            widths = {len(reading.responses) for reading in readings}
+            if len(widths) == 1:  # the usual case: process each prompt once, and repeat what comes of it
+                copies = widths.pop()
+            else:
+                readings = [r._replace(responses=(answer,)) for r in readings for answer in r.responses]
+                readings.sort(key=lambda reading: (reading.responses[0][0], reading.group))
+        prompts = [reading.prompt for reading in readings]
+        prompt_inputs = run_processor(self.processor, prompts, [r.images for r in readings], padding_side="right")
+        lengths = [int(length) for length in prompt_inputs["attention_mask"].sum(dim=1)]
+        items = [
+            GridItem(source, length, tuple(self._response(reading, length, answer) for answer in reading.responses))
+            for source, (reading, length) in enumerate(zip(readings, lengths, strict=True))
         ]
-        prompt_inputs = run_processor(self.processor, prompts, images, padding_side="right")
-        lengths = prompt_inputs["attention_mask"].sum(dim=1).tolist()
-        answers, similarities = [], []
-        for column in self.responses:
-            for row, prompt, length in zip(rows, prompts, lengths, strict=True):
-                ids, sentences, similarity = named(row, self._answer, row, prompt, int(length), column)
-                answers.append((ids, sentences))
-                if column == self.responses[0]:
-                    similarities.append(similarity)
-        model_inputs, labels, sentence_ids = self._assemble(prompt_inputs, lengths, answers)
-        group = torch.arange(len(rows)).repeat(len(self.responses))
-        role = torch.arange(len(self.responses)).repeat_interleave(len(rows))
+        if not self.shared_prefix:
+            items = [item._replace(responses=item.responses[k : k + 1]) for k in range(copies) for item in items]
+        tree = place(items, self.padding_free)
+        aligned, other = _token_aligned(self.processor, prompt_inputs)
+        model_inputs = grid_inputs(tree, items, prompt_inputs, aligned, tokenizer_of(self.processor).pad_token_id)
+        model_inputs |= {name: torch.cat([value] * copies) for name, value in other.items()}
+        layout, distinct = tree_layout(tree, items, end_of_turn(self.processor, prompts[0])[-1])
+        chosen = sorted((r for item in items for r in item.responses if r.role == 0), key=lambda r: r.group)
         return {
             "model_inputs": model_inputs,
-            "layout": SentenceLayout.from_labels(
-                labels, sentence_ids, end_of_turn(self.processor, prompts[0])[-1], group=group, role=role
-            ),
-            "similarity": _all_or_none(rows, similarities),
+            "tree": tree,
+            "layout": layout,
+            "distinct": distinct,
+            "similarity": _all_or_none(rows, [response.similarity for response in chosen]),
+            "ref_logps": self._reference_logps(rows, items),
             "sample_weight": _sample_weights(rows),
+            "image_keys": [image_key(image) for reading in readings for image in reading.images] * copies,
             "ids": [str(row.get("id", "")) for row in rows],
         }
 
-    def _answer(
-        self, row: Row, prompt: Prompt, prompt_length: int, column: str
-    ) -> tuple[list[int], list[int], list[float] | None]:
-        """Ids of one response, the sentence of each, and the similarity of each sentence (chosen only)."""
-        text = response_text(row[column])
+    def lengths(self, row: Row) -> tuple[int, tuple[int, ...]]:
+        """Tokens of a row's prompt (image tokens included) and of each of its responses, as a batch would have them.
+
+        Raises ValueError as a call does. The row's images are decoded and processed.
+        """
+        (reading, *_) = named(row, self._readings, 0, row)
+        inputs = run_processor(self.processor, [reading.prompt], [reading.images], padding_side="right")
+        prompt = int(inputs["attention_mask"].sum())
+        answers = [self._response(reading, prompt, answer) for answer in enumerate(self.responses)]
+        return prompt, tuple(len(answer.ids) for answer in answers)
+
+    def _readings(self, group: int, row: Row) -> list[Reading]:
+        """The row's prompt with each set of images that a response is read with."""
+        answers = tuple(enumerate(self.responses))
+        columns = ("negative_images", *(f"{column}_images" for column in self.responses))
+        given = {column: load_images(row, column) for column in columns if row.get(column) is not None}
+        own = [answer for answer in answers if given.get(f"{answer[1]}_images")]
+        sets = [(load_images(row), tuple(answer for answer in answers if answer not in own))]
+        sets += [(given[f"{answer[1]}_images"], (answer,)) for answer in own]
+        for n, image in enumerate(given.get("negative_images", ())):
+            sets.append(([image], ((len(answers) + n, self.responses[0]),)))
+        return [
+            Reading(group, row, images, encode_prompt(self.processor, row["prompt"], images), answers)
+            for images, answers in sets
+            if answers
+        ]
+
+    def _response(self, reading: Reading, prompt_length: int, answer: tuple[int, str]) -> Response:
+        """One response as tokens, cut to what max_length leaves."""
+        return named(reading.row, self._answer, reading, prompt_length, *answer)
+
+    def _answer(self, reading: Reading, prompt_length: int, role: int, column: str) -> Response:
+        row, text = reading.row, response_text(reading.row[column])
         given = row.get(f"{column}_sentences")
-        similarity = row.get(f"{column}_similarity") if column == self.responses[0] else None
+        similarity = row.get(f"{column}_similarity") if role == 0 else None
         spans = check_spans(text, given if given is not None else self.splitter(text))
-        ids, offsets = encode_response(self.processor, prompt, text)
+        ids, offsets = encode_response(self.processor, reading.prompt, text)
         if not spans:
             raise ValueError(f"column {column!r}: the response is empty: drop the row")
         if similarity is not None and len(similarity) != len(spans):
@@ -135,44 +210,57 @@ class Collator:
                 )  # fmt: skip
             ids, sentences = ids[:room], sentences[:room]
             similarity = similarity[: sentences[-1] + 1] if similarity is not None else None
-        return ids, sentences, similarity
+        return Response(reading.group, role, ids, sentences, similarity)
 
-    def _assemble(
-        self, prompt_inputs: dict[str, Tensor], lengths: Sequence[int], answers: Sequence[tuple[list[int], list[int]]]
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Prompts and answers in one right-padded batch: model inputs, labels (R, T), sentence ids (R, T)."""
-        copies = len(self.responses)
-        lengths = list(lengths) * copies
-        width = max(length + len(ids) for length, (ids, _) in zip(lengths, answers, strict=True))
-        shape = (len(answers), width)
-        input_ids = torch.full(shape, tokenizer_of(self.processor).pad_token_id)
-        attention_mask, sentence_ids = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, IGNORE_INDEX)
-        token_aligned, other = _token_aligned(prompt_inputs)
-        extended = {name: torch.zeros(shape, dtype=value.dtype) for name, value in token_aligned.items()}
-        for r, (length, (ids, sentences)) in enumerate(zip(lengths, answers, strict=True)):
-            source = r % (len(answers) // copies)
-            end = length + len(ids)
-            input_ids[r, :length] = prompt_inputs["input_ids"][source, :length]
-            input_ids[r, length:end] = torch.tensor(ids)
-            attention_mask[r, :end] = 1
-            labels[r, length - 1 : end - 1] = torch.tensor(ids)
-            sentence_ids[r, length - 1 : end - 1] = torch.tensor(sentences)
-            for name, value in token_aligned.items():  # 0 = text in every model that has such ids
-                extended[name][r, :length] = value[source, :length]
-        repeated = {name: torch.cat([value] * copies) for name, value in other.items()}
-        return {"input_ids": input_ids, "attention_mask": attention_mask, **extended, **repeated}, labels, sentence_ids
+    def _reference_logps(self, rows: Sequence[Row], items: Sequence[GridItem]) -> Tensor | None:
+        """(N,) the rows' cached reference log-probabilities in the layout's order, or None."""
+        cached = [named(row, self._cached, row) for row in rows]
+        if all(values is None for values in cached):
+            return None
+        answers = sorted((r for item in items for r in item.responses), key=lambda r: (r.role, r.group))
+        parts = []
+        for response in answers:
+            row, values = rows[response.group], cached[response.group]
+            if values is None or response.role >= len(values):
+                raise ValueError(f"{row_name(row)}: no reference log-probabilities, but other rows have them")
+            if len(values[response.role]) != len(response.ids):
+                raise ValueError(
+                    f"{row_name(row)}: {len(values[response.role])} reference log-probabilities for the "
+                    f"{len(response.ids)} tokens of its response {response.role}: they were made with another "
+                    "tokenizer, template or max_length; compute them again (`aspo reference`)"
+                )
+            parts.append(values[response.role])
+        return torch.cat(parts)
+
+    def _cached(self, row: Row) -> Sequence[Tensor] | None:
+        if self.reference is not None:
+            return self.reference.get(row)
+        columns = [row.get(f"ref_{column}_logps") for column in self.responses]
+        if any(values is None for values in columns):
+            return None
+        return [torch.tensor(values, dtype=torch.float32) for values in columns]
 
 
-def _token_aligned(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split a processor's tensors into those with one entry a token (ids and mask apart) and those of the images."""
+def image_key(image: Image.Image) -> str:
+    """A hash of an image's size and pixels: equal pictures share their features."""
+    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()[:32]
+
+
+def _token_aligned(
+    processor: Any, inputs: Mapping[str, Tensor]
+) -> tuple[dict[str, tuple[Tensor, int]], dict[str, Tensor]]:
+    """Split a processor's tensors: those with one entry a token (with their value on a response), and the images'.
+
+    Ids and mask are left out, and labels, which PaliGemma's processor makes of the prompt.
+    """
     shape = inputs["input_ids"].shape
+    of_response = RESPONSE_TYPES.get(type(processor).__name__, 0)
     aligned, other = {}, {}
     for name, value in inputs.items():
-        if name in ("input_ids", "attention_mask"):
+        if name in ("input_ids", "attention_mask", "labels"):
             continue
-        if name.endswith("token_type_ids"):
-            aligned[name] = value
+        if name.endswith("token_type_ids") and value.shape == shape:
+            aligned[name] = value, of_response
         elif value.dim() > 2 and value.shape[:2] == shape and "pixel" not in name:
             raise ValueError(f"the processor's {name} has a row for every prompt token: this model is not supported")
         else:
@@ -204,6 +292,7 @@ __all__ = [
     "encode_response",
     "end_of_turn",
     "generation_inputs",
+    "image_key",
     "load_images",
     "load_rows",
     "response_text",

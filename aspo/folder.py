@@ -65,9 +65,9 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                     raise ValueError(f"{path}, line {number} is no JSON ({error}): delete that line") from error
 
 
-def load_images(row: Row, root: str | Path | None = None) -> list[Image.Image]:
-    """The row's images, decoded to RGB. Relative paths start at `root`."""
-    return [_open_image(entry, root) for entry in image_entries(row)]
+def load_images(row: Row, column: str = "images", root: str | Path | None = None) -> list[Image.Image]:
+    """The images of one of the row's image columns, decoded to RGB. Relative paths start at `root`."""
+    return [_open_image(entry, root) for entry in image_entries(row, column)]
 
 
 def image_bytes(entry: Any, root: str | Path | None = None) -> bytes:
@@ -108,9 +108,9 @@ def _store_image(folder: Path, entry: Any) -> str:
     return f"images/{name}"
 
 
-def image_entries(row: Row) -> list[Any]:
-    """The entries of `images` or `image`, either of which may be one entry or a list."""
-    found = row["images"] if row.get("images") is not None else row.get("image")
+def image_entries(row: Row, column: str = "images") -> list[Any]:
+    """The entries of an image column ("images": or of `image`), which may be one entry or a list."""
+    found = row[column] if row.get(column) is not None else row.get("image") if column == "images" else None
     if found is None:
         return []
     return [found] if isinstance(found, str | Path | Mapping | Image.Image) else list(found)

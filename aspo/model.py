@@ -127,13 +127,23 @@ def trunk_hidden(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor:
     """The last hidden states after the final norm, (R, T, H): what the output head reads. No logits are built.
 
     Runs the model inside the ...ForConditionalGeneration / ...ForCausalLM class, which takes the images too
-    (`get_decoder()` of a vision-language model would skip them).
+    (`get_decoder()` of a vision-language model would skip them). A class without such a model (InstructBLIP) is run
+    itself, with the logits of the last position, and its decoder's output is taken.
     """
     outer = base_model(model)
     trunk = outer.base_model
-    if trunk is outer:
+    if trunk is not outer:
+        return trunk(**model_inputs, use_cache=False, return_dict=True).last_hidden_state
+    decoder = outer.get_decoder() if outer.get_output_embeddings() is not None else None
+    if decoder is None or decoder is outer:
         raise ValueError(f"{type(outer).__name__} has no output head; load it with a ...ForConditionalGeneration class")
-    return trunk(**model_inputs, use_cache=False, return_dict=True).last_hidden_state
+    hidden: list[Tensor] = []
+    handle = decoder.register_forward_hook(lambda _module, _inputs, output: hidden.append(output[0]))
+    try:
+        outer(**model_inputs, use_cache=False, return_dict=True, logits_to_keep=1)
+    finally:
+        handle.remove()
+    return hidden[0]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from aspo.folder import load_images, row_name
 from aspo.validate import IMAGE_PLACEHOLDER
 
 Row = Mapping[str, Any]
+PREPENDS_IMAGES = {"InstructBlipProcessor"}  # processors that put the image tokens in front of the text themselves
 _PROBE = "ASPOresponseASPO"  # stands for a response, to see what a chat template writes around one
 
 
@@ -52,7 +53,8 @@ def encode_prompt(processor: Any, prompt: str | Sequence[Mapping[str, Any]], ima
                 f"the prompt is a message list but {type(processor).__name__} has no chat template: "
                 "set processor.chat_template, or write the prompt as a string"
             )
-        mark = getattr(processor, "image_token", "")
+        prepends = type(processor).__name__ in PREPENDS_IMAGES
+        mark = "" if prepends else getattr(processor, "image_token", "")
         text = "".join(mark if part["type"] == "image" else part["text"] for part in messages[0]["content"])
         lead = end = ""
     else:

@@ -311,12 +311,12 @@ class SentenceLayout:
             response_offsets=response_offsets,
             group=group.long(),
             role=role.long(),
-            perplexity_mask=_without_final_eos(targets, sentence_offsets, response_offsets, eos_token_id),
+            perplexity_mask=without_final_eos(targets, sentence_offsets, response_offsets, eos_token_id),
             padded_shape=(rows, length),
         )
 
 
-def _without_final_eos(
+def without_final_eos(
     targets: Tensor, sentence_offsets: Tensor, response_offsets: Tensor, eos_token_id: int | None
 ) -> Tensor | None:
     if eos_token_id is None:

@@ -1,0 +1,153 @@
+"""From token ids to the grid that a model reads: items placed in rows, and the SentenceLayout of their responses.
+
+Axes: R rows and T columns of the grid, N counted tokens, U of them that differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aspo.tree import TokenTree
+from aspo_kernels.layout import SentenceLayout, without_final_eos
+
+NOT_COUNTED = -1  # in Response.sentences
+
+
+class Response(NamedTuple):
+    """One response as tokens: its ids and the sentence of each (NOT_COUNTED: part of the response, but no target)."""
+
+    group: int
+    role: int
+    ids: list[int]
+    sentences: list[int]
+    similarity: list[float] | None = None
+
+
+class GridItem(NamedTuple):
+    """What becomes an item of the tree: row `source` of the processor's tensors, `prompt` tokens long, and its
+    responses."""
+
+    source: int
+    prompt: int
+    responses: tuple[Response, ...]
+
+    @property
+    def common(self) -> int:
+        """Tokens with which all responses begin; at least one token is left to each."""
+        if len(self.responses) < 2:
+            return 0
+        shortest = min(len(response.ids) for response in self.responses)
+        columns = zip(*(response.ids for response in self.responses), strict=False)
+        return next((n for n, column in enumerate(columns) if len(set(column)) > 1 or n == shortest - 1), 0)
+
+
+@dataclass(frozen=True)
+class Distinct:
+    """Counted tokens that are the same prediction, in several responses: the common start of chosen and rejected.
+
+    first: (U,) which of the N counted tokens to compute; inverse: (N,) where each one's result lies in those U;
+    common: (U,) bool, whether it counts in the chosen (role 0) and in the rejected response (role 1).
+    """
+
+    first: Tensor
+    inverse: Tensor
+    common: Tensor
+
+
+def place(items: Sequence[GridItem], packed: bool) -> TokenTree:
+    """Where the items lie: the common start of an item's responses belongs to its prefix."""
+    lengths = []
+    for item in items:
+        common = item.common
+        lengths.append((item.prompt + common, tuple(len(response.ids) - common for response in item.responses)))
+    return TokenTree.place(lengths, packed)
+
+
+def grid_inputs(
+    tree: TokenTree,
+    items: Sequence[GridItem],
+    prompt_inputs: Mapping[str, Tensor],
+    aligned: Mapping[str, tuple[Tensor, int]],
+    pad_token_id: int,
+) -> dict[str, Tensor]:
+    """input_ids, attention_mask (1 = token) and the tensors that have one entry a token, each (R, T).
+
+    aligned: such a tensor of the prompts, and its value on a response's tokens.
+    """
+    input_ids = torch.full(tree.shape, pad_token_id)
+    grids = {name: torch.zeros(tree.shape, dtype=value.dtype) for name, (value, _) in aligned.items()}
+    for place, item in zip(tree.items, items, strict=True):
+        end = place.start + item.prompt
+        input_ids[place.row, place.start : end] = prompt_inputs["input_ids"][item.source, : item.prompt]
+        common = place.prefix - item.prompt
+        if item.responses:
+            input_ids[place.row, end : end + common] = torch.tensor(item.responses[0].ids[:common], dtype=torch.long)
+        for k, response in enumerate(item.responses):
+            start = place.branch_start(k)
+            ids = torch.tensor(response.ids[common:], dtype=torch.long)
+            input_ids[place.row, start : start + len(ids)] = ids
+        for name, (value, of_response) in aligned.items():
+            grids[name][place.row, place.start : place.start + place.length] = of_response
+            grids[name][place.row, place.start : end] = value[item.source, : item.prompt]
+    return {"input_ids": input_ids, "attention_mask": (tree.item_ids >= 0).long(), **grids}
+
+
+def tree_layout(
+    tree: TokenTree, items: Sequence[GridItem], end_of_turn: int | None
+) -> tuple[SentenceLayout, Distinct | None]:
+    """The layout of the items' responses, by role and then by group, and which of its tokens are the same prediction.
+
+    A response's first token behind the prefix is predicted by the prefix's last one, in every branch.
+    """
+    answers = [(r, place, item, k) for place, item in zip(tree.items, items, strict=True)
+               for k, r in enumerate(item.responses)]  # fmt: skip
+    answers.sort(key=lambda answer: (answer[0].role, answer[0].group))
+    targets, index, sentence_offsets, response_offsets = [], [], [0], [0]
+    for response, place, item, k in answers:
+        common, first = place.prefix - item.prompt, place.row * tree.shape[1]
+        branch = place.branch_start(k)
+        previous = NOT_COUNTED
+        for n, (token, sentence) in enumerate(zip(response.ids, response.sentences, strict=True)):
+            if sentence == NOT_COUNTED:
+                continue
+            if sentence != previous and previous != NOT_COUNTED:
+                sentence_offsets.append(len(targets))
+            previous = sentence
+            targets.append(token)
+            index.append(first + (place.start + item.prompt + n - 1 if n <= common else branch + n - common - 1))
+        if previous != NOT_COUNTED:
+            sentence_offsets.append(len(targets))
+        response_offsets.append(len(sentence_offsets) - 1)
+    tensors = [torch.tensor(x, dtype=torch.long) for x in (targets, index, sentence_offsets, response_offsets)]
+    layout = SentenceLayout(
+        *tensors,
+        group=torch.tensor([answer[0].group for answer in answers], dtype=torch.long),
+        role=torch.tensor([answer[0].role for answer in answers], dtype=torch.long),
+        perplexity_mask=without_final_eos(tensors[0], tensors[2], tensors[3], end_of_turn),
+        padded_shape=tree.shape,
+    )
+    shares_start = any(place.prefix > item.prompt for place, item in zip(tree.items, items, strict=True))
+    return layout, _distinct(layout) if shares_start else None
+
+
+def _distinct(layout: SentenceLayout) -> Distinct:
+    """Tokens with equal (hidden_index, target) once each, in the order of their first appearance."""
+    where: dict[tuple[int, int], int] = {}
+    first: list[int] = []
+    inverse: list[int] = []
+    for n, key in enumerate(zip(layout.hidden_index.tolist(), layout.targets.tolist(), strict=True)):
+        if key not in where:
+            where[key] = len(first)
+            first.append(n)
+        inverse.append(where[key])
+    to_distinct = torch.tensor(inverse)
+    role = layout.role.repeat_interleave(layout.response_token_offsets.diff())
+    in_pair = [torch.zeros(len(first), dtype=torch.bool) for _ in range(2)]
+    for k, seen in enumerate(in_pair):
+        seen[to_distinct[role == k]] = True
+    return Distinct(torch.tensor(first), to_distinct, in_pair[0] & in_pair[1])
