@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from aspo.folder import append_row, load_images, row_name, write_rows
-from aspo.grid import GridItem, Response, grid_inputs, place, tree_layout
+from aspo.grid import NOT_COUNTED, GridItem, Response, grid_inputs, place, tree_layout
+from aspo.illustrated import illustrated_tokens, split_images, with_image_marks
 from aspo.prompts import (
     Prompt,
     encode_prompt,
@@ -46,13 +47,17 @@ class ReferenceLogps(Protocol):
 
 
 class Reading(NamedTuple):
-    """A row's prompt with some images, and the responses that are read behind it, as (role, column)."""
+    """A row's prompt with some images, and the responses that are read behind it, as (role, column).
+
+    text: what the processor gets: the prompt, and with it a response that holds images.
+    """
 
     group: int
     row: Row
     images: list[Image.Image]
     prompt: Prompt
     responses: tuple[tuple[int, str], ...]
+    text: str
 
 
 class Collator:
@@ -109,26 +114,20 @@ class Collator:
         readings = [reading for group, row in enumerate(rows) for reading in named(row, self._readings, group, row)]
         copies = 1
         if not self.shared_prefix:
-            widths = {len(reading.responses) for reading in readings}
-            if len(widths) == 1:  # the usual case: process each prompt once, and repeat what comes of it
-                copies = widths.pop()
+            if all(len(reading.responses) == len(self.responses) for reading in readings):
+                copies = len(self.responses)  # the usual case: process each prompt once, and repeat what comes of it
             else:
                 readings = [r._replace(responses=(answer,)) for r in readings for answer in r.responses]
                 readings.sort(key=lambda reading: (reading.responses[0][0], reading.group))
-        prompts = [reading.prompt for reading in readings]
-        prompt_inputs = run_processor(self.processor, prompts, [r.images for r in readings], padding_side="right")
-        lengths = [int(length) for length in prompt_inputs["attention_mask"].sum(dim=1)]
-        items = [
-            GridItem(source, length, tuple(self._response(reading, length, answer) for answer in reading.responses))
-            for source, (reading, length) in enumerate(zip(readings, lengths, strict=True))
-        ]
+        prompt_inputs = self._process(readings)
+        items = [self._item(source, reading, prompt_inputs) for source, reading in enumerate(readings)]
         if not self.shared_prefix:
             items = [item._replace(responses=item.responses[k : k + 1]) for k in range(copies) for item in items]
         tree = place(items, self.padding_free)
         aligned, other = _token_aligned(self.processor, prompt_inputs)
         model_inputs = grid_inputs(tree, items, prompt_inputs, aligned, tokenizer_of(self.processor).pad_token_id)
         model_inputs |= {name: torch.cat([value] * copies) for name, value in other.items()}
-        layout, distinct = tree_layout(tree, items, end_of_turn(self.processor, prompts[0])[-1])
+        layout, distinct = tree_layout(tree, items, end_of_turn(self.processor, readings[0].prompt)[-1])
         chosen = sorted((r for item in items for r in item.responses if r.role == 0), key=lambda r: r.group)
         return {
             "model_inputs": model_inputs,
@@ -147,11 +146,22 @@ class Collator:
 
         Raises ValueError as a call does. The row's images are decoded and processed.
         """
-        (reading, *_) = named(row, self._readings, 0, row)
-        inputs = run_processor(self.processor, [reading.prompt], [reading.images], padding_side="right")
-        prompt = int(inputs["attention_mask"].sum())
-        answers = [self._response(reading, prompt, answer) for answer in enumerate(self.responses)]
-        return prompt, tuple(len(answer.ids) for answer in answers)
+        readings = named(row, self._readings, 0, row)
+        inputs = self._process(readings)
+        items = [self._item(source, reading, inputs) for source, reading in enumerate(readings)]
+        answers = sorted((r.role, len(r.ids)) for item in items for r in item.responses)
+        return items[0].prompt - items[0].responses[0].inside, tuple(length for _, length in answers)
+
+    def _process(self, readings: Sequence[Reading]) -> dict[str, Tensor]:
+        prompts = [reading.prompt._replace(text=reading.text) for reading in readings]
+        return run_processor(self.processor, prompts, [r.images for r in readings], padding_side="right")
+
+    def _item(self, source: int, reading: Reading, prompt_inputs: Mapping[str, Tensor]) -> GridItem:
+        """The reading's item of the grid: row `source` of the processor's tensors with its responses."""
+        length = int(prompt_inputs["attention_mask"][source].sum())
+        ids = prompt_inputs["input_ids"][source, :length].tolist()
+        answers = [named(reading.row, self._answer, reading, ids, *answer) for answer in reading.responses]
+        return GridItem(source, length, tuple(answers))
 
     def _readings(self, group: int, row: Row) -> list[Reading]:
         """The row's prompt with each set of images that a response is read with."""
@@ -159,33 +169,44 @@ class Collator:
         columns = ("negative_images", *(f"{column}_images" for column in self.responses))
         given = {column: load_images(row, column) for column in columns if row.get(column) is not None}
         own = [answer for answer in answers if given.get(f"{answer[1]}_images")]
-        sets = [(load_images(row), tuple(answer for answer in answers if answer not in own))]
+        images, inside = split_images(row, self.responses, load_images(row))
+        sets = [(images, tuple(answer for answer in answers if answer not in own and answer[1] not in inside))]
         sets += [(given[f"{answer[1]}_images"], (answer,)) for answer in own]
+        sets += [(images, (answer,)) for answer in answers if answer[1] in inside and answer not in own]
         for n, image in enumerate(given.get("negative_images", ())):
             sets.append(([image], ((len(answers) + n, self.responses[0]),)))
-        return [
-            Reading(group, row, images, encode_prompt(self.processor, row["prompt"], images), answers)
-            for images, answers in sets
-            if answers
-        ]
+        readings = []
+        for of_prompt, read in sets:
+            if read:
+                prompt = encode_prompt(self.processor, row["prompt"], of_prompt)
+                illustrations = inside.get(read[0][1], [])
+                text = prompt.text
+                if illustrations:
+                    text = with_image_marks(self.processor, prompt, response_text(row[read[0][1]]))
+                readings.append(Reading(group, row, [*of_prompt, *illustrations], prompt, read, text))
+        return readings
 
-    def _response(self, reading: Reading, prompt_length: int, answer: tuple[int, str]) -> Response:
+    def _answer(self, reading: Reading, prompt_ids: Sequence[int], role: int, column: str) -> Response:
         """One response as tokens, cut to what max_length leaves."""
-        return named(reading.row, self._answer, reading, prompt_length, *answer)
-
-    def _answer(self, reading: Reading, prompt_length: int, role: int, column: str) -> Response:
         row, text = reading.row, response_text(reading.row[column])
         given = row.get(f"{column}_sentences")
         similarity = row.get(f"{column}_similarity") if role == 0 else None
         spans = check_spans(text, given if given is not None else self.splitter(text))
-        ids, offsets = encode_response(self.processor, reading.prompt, text)
+        if reading.text == reading.prompt.text:
+            inside, (ids, offsets) = 0, encode_response(self.processor, reading.prompt, text)
+        else:
+            ids, offsets = illustrated_tokens(self.processor, reading.prompt, text, prompt_ids)
+            inside, end = len(ids), end_of_turn(self.processor, reading.prompt)
+            ids, offsets = ids + end, offsets + [(len(text), len(text))] * len(end)
         if not spans:
             raise ValueError(f"column {column!r}: the response is empty: drop the row")
         if similarity is not None and len(similarity) != len(spans):
             raise ValueError(
                 f"column '{column}_similarity': {len(similarity)} values for {len(spans)} sentences: score again"
             )
-        sentences = token_sentences(offsets, spans, text)
+        in_text = [offset for offset in offsets if offset is not None]
+        counted = iter(token_sentences(in_text, spans, text))
+        sentences = [NOT_COUNTED if offset is None else next(counted) for offset in offsets]
         missing = sentences_without_tokens(sentences, len(spans))
         if missing and similarity is not None:
             words = text[slice(*spans[missing[0]])]
@@ -193,24 +214,36 @@ class Collator:
                 f"column '{column}_sentences': sentence {missing[0]} ({words!r}) has no token "
                 "of its own in this tokenizer: join it to the sentence before and score the row again, or drop the row"
             )
-        rank = {s: n for n, s in enumerate(sorted(set(sentences)))}
-        sentences = [rank[s] for s in sentences]
-        if self.max_length is not None and prompt_length + len(ids) > self.max_length:
-            room = self.max_length - prompt_length
-            if room < 1:
-                raise ValueError(
-                    f"its prompt alone takes {prompt_length} tokens (image tokens included) of max_length "
-                    f"{self.max_length}; raise max_length or drop the row: prompts and images are never cut"
-                )
-            if not self._warned:
-                self._warned = True
-                logger.warning(
-                    "%s: its %s response is cut from %d to %d tokens by max_length %d (said once)",
-                    row_name(row), column, len(ids), room, self.max_length,
-                )  # fmt: skip
-            ids, sentences = ids[:room], sentences[:room]
-            similarity = similarity[: sentences[-1] + 1] if similarity is not None else None
-        return Response(reading.group, role, ids, sentences, similarity)
+        rank = {s: n for n, s in enumerate(sorted(set(sentences) - {NOT_COUNTED}))}
+        sentences = [rank.get(s, NOT_COUNTED) for s in sentences]
+        answer = Response(reading.group, role, ids, sentences, similarity, inside)
+        length = len(prompt_ids) - inside
+        return answer if self.max_length is None else self._cut(row, column, answer, length, self.max_length)
+
+    def _cut(self, row: Row, column: str, answer: Response, prompt_length: int, max_length: int) -> Response:
+        """The response cut to what max_length leaves behind its prompt."""
+        room, length = max_length - prompt_length, len(answer.ids)
+        if room < 1:
+            raise ValueError(
+                f"its prompt alone takes {prompt_length} tokens (image tokens included) of max_length "
+                f"{max_length}; raise max_length or drop the row: prompts and images are never cut"
+            )
+        if length <= room:
+            return answer
+        if answer.inside:
+            raise ValueError(
+                f"its {column} response holds images and takes {length} tokens where max_length {max_length} leaves "
+                f"{room}; raise max_length or drop the row: a response with images is not cut"
+            )
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s: its %s response is cut from %d to %d tokens by max_length %d (said once)",
+                row_name(row), column, length, room, max_length,
+            )  # fmt: skip
+        sentences, similarity = answer.sentences[:room], answer.similarity
+        similarity = similarity[: sentences[-1] + 1] if similarity is not None else None
+        return answer._replace(ids=answer.ids[:room], sentences=sentences, similarity=similarity)
 
     def _reference_logps(self, rows: Sequence[Row], items: Sequence[GridItem]) -> Tensor | None:
         """(N,) the rows' cached reference log-probabilities in the layout's order, or None."""

@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 ROWS_FILE = "rows.jsonl"
+IMAGE_COLUMNS = ("images", "chosen_images", "rejected_images", "negative_images")
 PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 Row = Mapping[str, Any]
 
@@ -83,10 +84,10 @@ def image_bytes(entry: Any, root: str | Path | None = None) -> bytes:
 
 def _row_line(folder: Path, row: Row) -> str:
     """The row as a JSON line; its images are put into `folder/images` under a name made of their content."""
-    plain = {key: value for key, value in row.items() if key not in ("image", "images") and value is not None}
-    entries = image_entries(row)
-    if entries:
-        plain["images"] = [_store_image(folder, entry) for entry in entries]
+    plain = {k: value for k, value in row.items() if k not in ("image", *IMAGE_COLUMNS) and value is not None}
+    for column in IMAGE_COLUMNS:
+        if entries := image_entries(row, column):
+            plain[column] = [_store_image(folder, entry) for entry in entries]
     return json.dumps(plain, ensure_ascii=False) + "\n"
 
 

@@ -19,13 +19,17 @@ NOT_COUNTED = -1  # in Response.sentences
 
 
 class Response(NamedTuple):
-    """One response as tokens: its ids and the sentence of each (NOT_COUNTED: part of the response, but no target)."""
+    """One response as tokens: its ids and the sentence of each (NOT_COUNTED: part of the response, but no target).
+
+    Its first `inside` tokens are in the processor's tensors already, at the end of the prompt (a response with images).
+    """
 
     group: int
     role: int
     ids: list[int]
     sentences: list[int]
     similarity: list[float] | None = None
+    inside: int = 0
 
 
 class GridItem(NamedTuple):
@@ -50,13 +54,18 @@ class GridItem(NamedTuple):
 class Distinct:
     """Counted tokens that are the same prediction, in several responses: the common start of chosen and rejected.
 
-    first: (U,) which of the N counted tokens to compute; inverse: (N,) where each one's result lies in those U;
-    common: (U,) bool, whether it counts in the chosen (role 0) and in the rejected response (role 1).
+    first: (U,) which of the N counted tokens to compute; the first `in_pair` of them count in the chosen (role 0) and
+    in the rejected response (role 1). inverse: (N,) where each token's result lies in those U.
     """
 
     first: Tensor
     inverse: Tensor
-    common: Tensor
+    in_pair: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Distinct:
+        """The same on another device."""
+        first, inverse = (x.to(device, non_blocking=non_blocking) for x in (self.first, self.inverse))
+        return Distinct(first, inverse, self.in_pair)
 
 
 def place(items: Sequence[GridItem], packed: bool) -> TokenTree:
@@ -64,7 +73,7 @@ def place(items: Sequence[GridItem], packed: bool) -> TokenTree:
     lengths = []
     for item in items:
         common = item.common
-        lengths.append((item.prompt + common, tuple(len(response.ids) - common for response in item.responses)))
+        lengths.append((item.prompt + common, tuple(len(r.ids) - r.inside - common for r in item.responses)))
     return TokenTree.place(lengths, packed)
 
 
@@ -89,7 +98,7 @@ def grid_inputs(
             input_ids[place.row, end : end + common] = torch.tensor(item.responses[0].ids[:common], dtype=torch.long)
         for k, response in enumerate(item.responses):
             start = place.branch_start(k)
-            ids = torch.tensor(response.ids[common:], dtype=torch.long)
+            ids = torch.tensor(response.ids[response.inside + common :], dtype=torch.long)
             input_ids[place.row, start : start + len(ids)] = ids
         for name, (value, of_response) in aligned.items():
             grids[name][place.row, place.start : place.start + place.length] = of_response
@@ -109,8 +118,10 @@ def tree_layout(
     answers.sort(key=lambda answer: (answer[0].role, answer[0].group))
     targets, index, sentence_offsets, response_offsets = [], [], [0], [0]
     for response, place, item, k in answers:
-        common, first = place.prefix - item.prompt, place.row * tree.shape[1]
-        branch = place.branch_start(k)
+        row = place.row * tree.shape[1]
+        before = row + place.start + item.prompt - response.inside - 1  # what predicts its first token
+        in_prefix = response.inside + place.prefix - item.prompt
+        behind = row + place.branch_start(k) - in_prefix - 1
         previous = NOT_COUNTED
         for n, (token, sentence) in enumerate(zip(response.ids, response.sentences, strict=True)):
             if sentence == NOT_COUNTED:
@@ -119,7 +130,7 @@ def tree_layout(
                 sentence_offsets.append(len(targets))
             previous = sentence
             targets.append(token)
-            index.append(first + (place.start + item.prompt + n - 1 if n <= common else branch + n - common - 1))
+            index.append(n + (before if n <= in_prefix else behind))
         if previous != NOT_COUNTED:
             sentence_offsets.append(len(targets))
         response_offsets.append(len(sentence_offsets) - 1)
@@ -136,18 +147,18 @@ def tree_layout(
 
 
 def _distinct(layout: SentenceLayout) -> Distinct:
-    """Tokens with equal (hidden_index, target) once each, in the order of their first appearance."""
-    where: dict[tuple[int, int], int] = {}
-    first: list[int] = []
-    inverse: list[int] = []
-    for n, key in enumerate(zip(layout.hidden_index.tolist(), layout.targets.tolist(), strict=True)):
-        if key not in where:
-            where[key] = len(first)
-            first.append(n)
-        inverse.append(where[key])
-    to_distinct = torch.tensor(inverse)
-    role = layout.role.repeat_interleave(layout.response_token_offsets.diff())
-    in_pair = [torch.zeros(len(first), dtype=torch.bool) for _ in range(2)]
-    for k, seen in enumerate(in_pair):
-        seen[to_distinct[role == k]] = True
-    return Distinct(torch.tensor(first), to_distinct, in_pair[0] & in_pair[1])
+    """Tokens with equal (hidden_index, target) once each: those of a pair's both responses, then the others."""
+    role = layout.role.repeat_interleave(layout.response_token_offsets.diff()).tolist()
+    keys = list(zip(layout.hidden_index.tolist(), layout.targets.tolist(), strict=True))
+    roles: dict[tuple[int, int], set[int]] = {}
+    first: dict[tuple[int, int], int] = {}
+    for n, (key, r) in enumerate(zip(keys, role, strict=True)):
+        roles.setdefault(key, set()).add(r)
+        first.setdefault(key, n)
+    ordered = sorted(first, key=lambda key: not {0, 1} <= roles[key])  # stable: else in the order of appearance
+    place_of = {key: n for n, key in enumerate(ordered)}
+    return Distinct(
+        torch.tensor([first[key] for key in ordered]),
+        torch.tensor([place_of[key] for key in keys]),
+        sum({0, 1} <= r for r in roles.values()),
+    )

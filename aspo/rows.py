@@ -15,7 +15,7 @@ import datasets
 import pyarrow as pa
 from PIL import Image
 
-from aspo.folder import ROWS_FILE, image_bytes, image_entries, image_path
+from aspo.folder import IMAGE_COLUMNS, ROWS_FILE, image_bytes, image_entries, image_path
 from aspo.validate import KINDS, bad_row, named_column, response_text, short_repr, validate_rows
 
 Row = Mapping[str, Any]
@@ -123,13 +123,13 @@ def _to_dataset(rows: datasets.Dataset | list[Any], kind: str, root: Path) -> da
     """Every row in one form; images stay encoded, message lists and JSON objects keep their exact contents."""
     images = datasets.List(datasets.Image(decode=False))
     if isinstance(rows, datasets.Dataset):
-        for name in {"image", "images"}.intersection(rows.column_names):
+        for name in {"image", *IMAGE_COLUMNS}.intersection(rows.column_names):
             several = isinstance(rows.features[name], datasets.List)
             rows = rows.cast_column(name, images if several else datasets.Image(decode=False))
         as_messages = "prompt" in rows.column_names and not isinstance(rows.features["prompt"], datasets.Value)
         first = _normalise(rows[0], 0, kind, root, as_messages)
         as_messages = as_messages or isinstance(first.get("prompt"), list)  # TRL's implicit prompts
-        features = datasets.Features({**rows.features, "images": images})
+        features = datasets.Features({**rows.features, **dict.fromkeys(IMAGE_COLUMNS, images)})
         features.update({c: datasets.Value("string") for c in ("id", "prompt", "chosen", "rejected") if c in first})
         if as_messages:
             features["prompt"] = datasets.Json()
@@ -145,11 +145,12 @@ def _to_dataset(rows: datasets.Dataset | list[Any], kind: str, root: Path) -> da
     as_messages = any(not isinstance(row.get("prompt", ""), str | None) for row in rows)
     made = [_normalise(row, index, kind, root, as_messages) for index, row in enumerate(rows)]
     columns = {c: [row.get(c) for row in made] for c in dict.fromkeys(c for row in made for c in row)}
-    features = datasets.Features({c: _feature(c, values) for c, values in columns.items() if c != "images"})
+    features = datasets.Features({c: _feature(c, values) for c, values in columns.items() if c not in IMAGE_COLUMNS})
     for column, feature in features.items():
         if isinstance(feature, datasets.Json):  # as text: its own encoder rounds floats to ten digits
             columns[column] = [None if value is None else json.dumps(value) for value in columns[column]]
-    return datasets.Dataset.from_dict(columns, features=datasets.Features({**features, "images": images}))
+    features.update({c: images for c in IMAGE_COLUMNS if c in columns})
+    return datasets.Dataset.from_dict(columns, features=features)
 
 
 def _feature(column: str, values: list[Any]) -> Any:
@@ -167,7 +168,7 @@ def _holds_object(value: Any) -> bool:
 
 
 def _normalise(row: Row, index: int, kind: str, root: Path, as_messages: bool) -> dict[str, Any]:
-    made = {key: value for key, value in row.items() if key not in ("image", "images", "conversations")}
+    made = {key: value for key, value in row.items() if key not in ("image", *IMAGE_COLUMNS, "conversations")}
     made["id"] = str(index) if row.get("id") is None else str(row["id"])
     if row.get("conversations") is not None:
         made["prompt"] = named_column("conversations", index, row, _first_question, row["conversations"])
@@ -184,7 +185,10 @@ def _normalise(row: Row, index: int, kind: str, root: Path, as_messages: bool) -
     for column in ("chosen", "rejected"):
         if made.get(column) is not None:
             made[column] = named_column(column, index, row, response_text, made[column])
-    made["images"] = [named_column("images", index, row, _image_entry, entry, root) for entry in image_entries(row)]
+    for column in IMAGE_COLUMNS:
+        if column == "images" or column in row:
+            entries = image_entries(row, column)
+            made[column] = [named_column(column, index, row, _image_entry, entry, root) for entry in entries]
     return made
 
 

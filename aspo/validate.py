@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from aspo.folder import check_image, image_entries, image_path
+from aspo.folder import IMAGE_COLUMNS, check_image, image_entries, image_path
 from aspo.sentences import check_spans
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -24,7 +24,8 @@ def validate_rows(dataset: Iterable[Row], kind: str = "preference") -> None:
             if row.get(column) is None:
                 raise bad_row(index, row, column, f"missing; a {kind} row has {', '.join(KINDS[kind])}")
         named_column("prompt", index, row, _check_prompt, row)
-        named_column("images", index, row, _check_images, row)
+        for column in IMAGE_COLUMNS:
+            named_column(column, index, row, _check_images, row, column)
         if kind == "preference":
             _check_responses(index, row)
             has = row.get("chosen_similarity") is not None
@@ -39,7 +40,7 @@ def validate_rows(dataset: Iterable[Row], kind: str = "preference") -> None:
 
 
 def response_text(value: Any) -> str:
-    """The text of a response: a string, a message, or a list of messages that are all the assistant's."""
+    """The text of a response: a string, a message, or a list of one; the assistant's. An image becomes "<image>"."""
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
@@ -49,16 +50,26 @@ def response_text(value: Any) -> str:
         content = value.get("content", value.get("value"))
         if isinstance(content, str):
             return content
-        if isinstance(content, Sequence) and all(part.get("type") == "text" for part in content):
-            return "".join(part["text"] for part in content)
-        raise ValueError("a response message must hold text only")
+        if isinstance(content, Sequence) and all(part.get("type") in ("text", "image") for part in content):
+            return "".join(part["text"] if part["type"] == "text" else IMAGE_PLACEHOLDER for part in content)
+        raise ValueError("a response message must hold text and images only")
     if isinstance(value, Sequence) and len(value) == 1:
         return response_text(value[0])
     raise ValueError(f"a response must be a text or one assistant message, got {short_repr(value)}")
 
 
+def image_marks(prompt: Any) -> int:
+    """How many images a prompt marks: "<image>" in a text, or an image part of a message."""
+    messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
+    contents = [message["content"] for message in messages]
+    parts = [part for content in contents for part in ([content] if isinstance(content, str) else content)]
+    texts = [part if isinstance(part, str) else part.get("text") or "" for part in parts]
+    in_parts = sum(isinstance(part, Mapping) and part.get("type") == "image" for part in parts)
+    return in_parts + sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
+
+
 def _check_prompt(row: Row) -> None:
-    prompt, marks = row["prompt"], 0
+    prompt = row["prompt"]
     if isinstance(prompt, str):
         texts = [prompt]
     elif isinstance(prompt, Sequence) and prompt and all(map(_is_message, prompt)):
@@ -66,15 +77,14 @@ def _check_prompt(row: Row) -> None:
             raise ValueError("it ends with an assistant message; move its text into the responses")
         parts = [p for m in prompt for p in ([m["content"]] if isinstance(m["content"], str) else m["content"])]
         texts = [p if isinstance(p, str) else p.get("text") or "" for p in parts]
-        kinds = [p.get("type") for p in parts if isinstance(p, Mapping)]
-        marks = kinds.count("image")
-        if unknown := set(kinds) - {"text", "image"}:
+        if unknown := {p.get("type") for p in parts if isinstance(p, Mapping)} - {"text", "image"}:
             raise ValueError(f"a message part of type {unknown.pop()!r}: only 'text' and 'image' are supported")
     else:
         raise ValueError(f"it must be a text or a list of messages with role and content, got {short_repr(prompt)}")
-    images = len(image_entries(row))
-    marks += sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
-    if marks not in (0, images):
+    images, marks = len(image_entries(row)), image_marks(prompt)
+    answers = [row[column] for column in ("chosen", "rejected") if isinstance(row.get(column), str)]
+    illustrated = any(IMAGE_PLACEHOLDER in answer for answer in answers)  # counted in _check_responses
+    if not illustrated and marks not in (0, images):
         raise ValueError(f"it marks {marks} images, but the row has {images}: make them equal, or mark none")
     if not images and not any(text.strip() for text in texts):
         raise ValueError("it is empty")
@@ -87,8 +97,8 @@ def _is_message(value: Any) -> bool:
     return isinstance(content, str) or (isinstance(content, list) and all(isinstance(p, Mapping) for p in content))
 
 
-def _check_images(row: Row) -> None:
-    for entry in image_entries(row):
+def _check_images(row: Row, column: str = "images") -> None:
+    for entry in image_entries(row, column):
         in_memory = isinstance(entry, Image.Image) or (isinstance(entry, Mapping) and entry.get("bytes") is not None)
         if not in_memory and not (path := image_path(entry, None)).is_file():
             raise ValueError(f"no image file {path}: check the path, or say where relative paths start (image_root)")
@@ -97,11 +107,19 @@ def _check_images(row: Row) -> None:
 
 def _check_responses(index: int, row: Row) -> None:
     texts = {column: named_column(column, index, row, response_text, row[column]) for column in ("chosen", "rejected")}
+    marks, images = image_marks(row["prompt"]), len(image_entries(row))
+    inside = sum(text.count(IMAGE_PLACEHOLDER) for text in texts.values())
     for column, text in texts.items():
         if not text.strip():
             raise bad_row(index, row, column, "it is empty: drop the row")
-        if IMAGE_PLACEHOLDER in text:
-            raise bad_row(index, row, column, f"it holds {IMAGE_PLACEHOLDER!r}; images belong to the prompt")
+        if IMAGE_PLACEHOLDER in text and (not marks or marks + inside != images):
+            what = f"the prompt marks {marks} and the responses {inside} of the row's {images} images"
+            raise bad_row(
+                index,
+                row,
+                column,
+                f"it holds {IMAGE_PLACEHOLDER!r}: remove it, or mark every image, the prompt's too ({what})",
+            )
         spans = row.get(f"{column}_sentences")
         if spans is not None:
             named_column(f"{column}_sentences", index, row, check_spans, text, spans)
