@@ -145,6 +145,7 @@ class Objective:
     function: Callable[..., Result]
     needs_reference: bool
     options: Mapping[str, Any]  # its keyword options with their defaults
+    difference_only: bool = False  # it reads h(y_c) - h(y_r) alone: a common start of both has no gradient
 
     def __call__(self, inputs: Inputs, **options: Any) -> Result:
         self.check_options(options)
@@ -161,8 +162,14 @@ class Objective:
 _REGISTRY: dict[str, Objective] = {}
 
 
-def register(name: str, *, needs_reference: bool = True) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Decorator: make `function(inputs, **options) -> Result` available as `get(name)`."""
+def register(
+    name: str, *, needs_reference: bool = True, difference_only: bool = False
+) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Decorator: make `function(inputs, **options) -> Result` available as `get(name)`.
+
+    difference_only: its losses depend on a pair's h(y_c) - h(y_r) and on nothing else, so that the gradients of tokens
+    with which both responses begin cancel, and a trainer need not compute them.
+    """
 
     def add(function: Callable[..., Result]) -> Callable[..., Result]:
         if name in _REGISTRY:
@@ -171,7 +178,8 @@ def register(name: str, *, needs_reference: bool = True) -> Callable[[Callable[.
         without = [p.name for p in parameters if p.default is p.empty]
         if without:
             raise ValueError(f"objective {name!r}: option {without[0]!r} needs a default value")
-        _REGISTRY[name] = Objective(name, function, needs_reference, {p.name: p.default for p in parameters})
+        takes = {p.name: p.default for p in parameters}
+        _REGISTRY[name] = Objective(name, function, needs_reference, takes, difference_only)
         return function
 
     return add
@@ -229,10 +237,16 @@ def weighted_sum(weights: Mapping[str | Objective, float]) -> Objective:
         return Result(losses, stats)
 
     name = " + ".join(f"{weight:g} {member.name}" for member, weight in members)
-    return Objective(name, total, any(member.needs_reference for member, _ in members), takes)
+    return Objective(
+        name,
+        total,
+        any(member.needs_reference for member, _ in members),
+        takes,
+        all(member.difference_only for member, _ in members),
+    )
 
 
-@register("dpo")
+@register("dpo", difference_only=True)
 def dpo(x: Inputs, beta: float = 0.1, label_smoothing: float = 0.0) -> Result:
     """-(1 - e) log sigmoid(m) - e log sigmoid(-m), m = beta (h(y_c) - h(y_r)).  (DPO, arXiv 2305.18290)"""
     check_positive("beta", beta)
@@ -252,7 +266,7 @@ def ipo(x: Inputs, beta: float = 0.1) -> Result:
     return Result((chosen - rejected - 1 / (2 * beta)) ** 2, x.reward_stats(beta))
 
 
-@register("hinge")
+@register("hinge", difference_only=True)
 def hinge(x: Inputs, beta: float = 0.1) -> Result:
     """max(0, 1 - beta (h(y_c) - h(y_r))).  (SLiC-HF, arXiv 2305.10425)"""
     check_positive("beta", beta)
