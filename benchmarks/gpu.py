@@ -24,9 +24,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import model, results, sanitize, tune
+from benchmarks import results, sanitize, tune
 from benchmarks.cases import GPU_TOKENS, HEADS, Case, machine
 from benchmarks.contenders import load
+from benchmarks.roofline import Device
 from benchmarks.suite import FIELDS, Bench, Group, Row, Work, measure
 from benchmarks.timing import Clock, ceilings
 
@@ -126,10 +127,10 @@ def summary(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def measured_device(header: dict[str, str], found: dict[str, float]) -> model.Device:
+def measured_device(header: dict[str, str], found: dict[str, float]) -> Device:
     """The model's device with this machine's ceilings in place of the defaults."""
-    return model.Device(header["device"], found["bf16_tflops"], found["fp32_tflops"], found["tb_s"],
-                        int(header["l2_mib"]), int(header["multiprocessors"]))  # fmt: skip
+    return Device(header["device"], found["bf16_tflops"], found["fp32_tflops"], found["tb_s"],
+                  int(header["l2_mib"]), int(header["multiprocessors"]))  # fmt: skip
 
 
 def parse() -> argparse.Namespace:

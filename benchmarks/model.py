@@ -18,50 +18,12 @@ from typing import NamedTuple
 
 from aspo_kernels import tiles
 from benchmarks.cases import GPU_TOKENS, HEADS, Case
+from benchmarks.roofline import DEVICES, Device, Stage, fill
 
 ITEMSIZE = {"bf16": 2, "fp32": 4}
-CTA_TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.9))  # output tile of a GEMM, its rate (assumed)
 GROUP_TOKENS = 8192  # whose E of one slice exists at a time when the head's gradient is recomputed
 WIDEST = 8192  # entries of a slice: the pass holds a token's row of it in one program
 FUSED_RATE = 0.8  # of cuBLAS's, for a Triton product with an epilogue (assumed)
-
-
-@dataclass(frozen=True)
-class Device:
-    """Ceilings. tflops, tb_s: a large GEMM and a large copy; l2_tb_s and launch_us are assumed, not measured."""
-
-    name: str
-    bf16_tflops: float
-    fp32_tflops: float
-    tb_s: float
-    l2_mib: int
-    sms: int = 132
-    l2_tb_s: float = 5.5
-    launch_us: float = 1.5
-
-    def tflops(self, dtype: str) -> float:
-        return self.bf16_tflops if dtype == "bf16" else self.fp32_tflops
-
-
-# bf16 rate of an 8192^3 product on random data and copy bandwidth as measured on one of each; fp32 is the datasheet's.
-DEVICES = {"H100": Device("H100", 798, 67, 3.0, 50), "H200": Device("H200", 788, 67, 4.3, 60)}
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One kind of kernel of a schedule, summed over its launches."""
-
-    name: str
-    flops: float = 0.0
-    bytes: float = 0.0  # through device memory
-    l2_bytes: float = 0.0  # through L2 only
-    launches: int = 1
-    fill: float = 1.0  # share of the GEMM rate that the output's tiles can reach
-
-    def ms(self, device: Device, dtype: str) -> float:
-        arithmetic = self.flops / (self.fill * device.tflops(dtype) * 1e12)
-        moved = max(self.bytes / (device.tb_s * 1e12), self.l2_bytes / (device.l2_tb_s * 1e12))
-        return 1e3 * max(arithmetic, moved) + 1e-3 * self.launches * device.launch_us
 
 
 @dataclass(frozen=True)
@@ -83,19 +45,6 @@ class Prediction:
     @property
     def over_floor(self) -> float:
         return self.predicted_ms / max(self.flops_ms, self.bytes_ms)
-
-
-def fill(rows: int, columns: int, sms: int) -> float:
-    """Share of the rate of a very large GEMM that a (rows, columns) output can reach: whole waves of its tiles.
-
-    The 8192^3 product that the rate was measured with fills 97 % of its waves itself.
-    """
-    shares = []
-    for m, n, rate in CTA_TILES:
-        tiles = math.ceil(rows / m) * math.ceil(columns / n)
-        useful = rows * columns / (m * n)
-        shares.append(rate * useful / (math.ceil(tiles / sms) * sms))
-    return min(1.0, max(shares) / 0.97)
 
 
 class Plan(NamedTuple):
@@ -229,9 +178,7 @@ def extra_bytes(schedule: str, case: Case, device: Device, plan: Plan | None = N
     N, H, V, e = case.tokens, case.hidden, case.vocabulary, ITEMSIZE[case.dtype]
     rows, trainable = float(e) * N * H, schedule.endswith(("stored", "recompute", "trainable"))
     returned = rows + trainable * e * V * H
-    if schedule.startswith(
-        "eager"
-    ):  # in the backward: log-probabilities, their gradient, the logits' gradient, in fp32
+    if schedule.startswith("eager"):  # in the backward: log-probabilities, their gradient, the logits', in fp32
         return max(12.0 * N * V - returned, e * N * V)
     if schedule.startswith("TRL"):
         return e * min(4096, N) * 32_768 + 4.0 * N * H + 4.0 * V * H * trainable

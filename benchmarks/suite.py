@@ -15,6 +15,7 @@ from benchmarks.cases import Case, Inputs
 from benchmarks.contenders import Contender, load
 from benchmarks.memory import device_extra_mib
 from benchmarks.oracle import Answer, Sample
+from benchmarks.roofline import Device
 from benchmarks.timing import Clock, interleaved
 
 SAMPLED = 512  # tokens and vocabulary entries whose gradients are compared
@@ -62,7 +63,7 @@ class Bench:
 
     device: str
     clock: Clock
-    ceilings: model.Device | None
+    ceilings: Device | None
     rounds: int = 15
     slack: float = 1.0
     left_out: dict[str, str] = field(default_factory=dict)

@@ -12,8 +12,9 @@ from aspo_kernels import reference
 from benchmarks import gpu, model, oracle, plots, readme, results, sanitize, suite
 from benchmarks.cases import HEADS, Case
 from benchmarks.contenders import Contender, load
-from benchmarks.model import DEVICES, Device, Plan
+from benchmarks.model import Plan
 from benchmarks.oracle import Sample
+from benchmarks.roofline import DEVICES, Device, Stage, fill
 from benchmarks.suite import Work
 from benchmarks.timing import Clock
 
@@ -50,16 +51,16 @@ def test_bytes_of_a_frozen_head_by_hand() -> None:
 
 def test_a_stage_takes_its_largest_term() -> None:
     device = Device("x", bf16_tflops=100, fp32_tflops=50, tb_s=1, l2_mib=50, l2_tb_s=4, launch_us=2)
-    assert model.Stage("a", flops=1e14).ms(device, "bf16") == pytest.approx(1000.002)
-    assert model.Stage("a", flops=1e14, fill=0.5).ms(device, "fp32") == pytest.approx(4000.002)
-    assert model.Stage("b", 1e10, bytes=1e9).ms(device, "bf16") == pytest.approx(1.002)
-    assert model.Stage("c", l2_bytes=8e9, launches=3).ms(device, "bf16") == pytest.approx(2.006)
+    assert Stage("a", flops=1e14).ms(device, "bf16") == pytest.approx(1000.002)
+    assert Stage("a", flops=1e14, fill=0.5).ms(device, "fp32") == pytest.approx(4000.002)
+    assert Stage("b", 1e10, bytes=1e9).ms(device, "bf16") == pytest.approx(1.002)
+    assert Stage("c", l2_bytes=8e9, launches=3).ms(device, "bf16") == pytest.approx(2.006)
 
 
 def test_fill_counts_whole_waves() -> None:
-    assert model.fill(1024, 4096, 132) == pytest.approx(128 / 132 / 0.97)  # one wave of 128 tiles of 128 x 256
-    assert model.fill(1024, 1536, 132) == pytest.approx(0.9 * 96 / 132 / 0.97)  # 48 such tiles; 96 of 128 x 128
-    assert model.fill(8192, 8192, 132) == pytest.approx(1.0, abs=1e-3)  # 2048 tiles in 16 waves
+    assert fill(1024, 4096, 132) == pytest.approx(128 / 132 / 0.97)  # one wave of 128 tiles of 128 x 256
+    assert fill(1024, 1536, 132) == pytest.approx(0.9 * 96 / 132 / 0.97)  # 48 such tiles; 96 of 128 x 128
+    assert fill(8192, 8192, 132) == pytest.approx(1.0, abs=1e-3)  # 2048 tiles in 16 waves
 
 
 def test_stored_exponentials_are_reported_apart() -> None:
