@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: without a GPU its kernels are interpreted
 
 import aspo  # noqa: F401  its torchvision hook, before a test imports transformers
+from aspo_kernels import tiles
 
 # Small tensors gain nothing from threads, and one thread adds in the same order on every machine.
 torch.set_num_threads(1)
@@ -34,6 +35,14 @@ def poison() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 16 tokens and slices of 64 vocabulary entries; two chunks at a time where the head is recomputed."""
+    small = tiles.TileSize(tokens=16, bytes=1, width=64, gradient_tokens=32)
+    monkeypatch.setattr(tiles, "CPU_TILE", small)
+    monkeypatch.setattr(tiles, "GPU_TILES", ((0, small),))
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from aspo_kernels import reference, tiles
 from aspo_kernels.linear_stats import LinearStats, linear_stats
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 BACKENDS = ["torch", "triton"]
 # fp64 has no kernels, and the interpreter's bf16 products are wrong
@@ -31,13 +32,6 @@ CASES = [
 ]
 NEEDS = {"frozen": (True, False, False), "head": (False, True, False), "trainable": (True, True, True)}
 MIX = (0.7, -1.3, 0.4)  # of log-probability, entropy and log-sum-exp
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = tiles.TileSize(tokens=16, bytes=1, width=64, gradient_tokens=32)
-    monkeypatch.setattr(tiles, "CPU_TILE", small)
-    monkeypatch.setattr(tiles, "GPU_TILES", ((0, small),))
 
 
 def pick(output: str, stats: tuple[Tensor | None, ...]) -> Tensor:

@@ -17,6 +17,7 @@ from aspo_kernels import reference, tiles
 from aspo_kernels.linear_token_kl import TokenKL, linear_token_kl
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 BACKENDS = ["torch", "triton"]
 # fp64 has no kernels, and the interpreter's bf16 products are wrong
@@ -36,13 +37,6 @@ NEEDS = {
     "bias": (False, False, True),
     "trainable": (True, True, True),
 }
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = tiles.TileSize(tokens=16, bytes=1, width=64, gradient_tokens=32)
-    monkeypatch.setattr(tiles, "CPU_TILE", small)
-    monkeypatch.setattr(tiles, "GPU_TILES", ((0, small),))
 
 
 class Pair(Problem):

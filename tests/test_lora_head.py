@@ -6,7 +6,7 @@ import pytest
 import torch
 from strategies import lean_layout
 
-from aspo_kernels import linear_logps, reference, sentence_dpo_loss, tiles
+from aspo_kernels import linear_logps, reference, sentence_dpo_loss
 
 N, V, H, R, SCALING = 20, 100, 12, 3, 0.7
 NEEDS = {
@@ -26,10 +26,7 @@ def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(params=["torch", "triton"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    small = tiles.TileSize(tokens=16, bytes=1, width=64, gradient_tokens=32)
-    monkeypatch.setattr(tiles, "CPU_TILE", small)
-    monkeypatch.setattr(tiles, "GPU_TILES", ((0, small),))
+def backend(request: pytest.FixtureRequest, small_tiles: None) -> str:
     if request.param == "triton":
         pytest.importorskip("triton")
     return request.param

@@ -9,7 +9,7 @@ import pytest
 import torch
 from problems import EPILOGUES, SCHEDULES, Problem, check
 
-from aspo_kernels import linear_logps, tiles
+from aspo_kernels import linear_logps
 
 pytest.importorskip("triton")
 from aspo_kernels import triton_fused, triton_head
@@ -23,11 +23,8 @@ DTYPES = [
 
 
 @pytest.fixture(params=["tile", "fused"])
-def candidate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def candidate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, small_tiles: None) -> str:
     """Both ways to make the exponentials of a tile, on small tiles."""
-    small = tiles.TileSize(tokens=16, bytes=1, width=64, gradient_tokens=32)
-    monkeypatch.setattr(tiles, "CPU_TILE", small)
-    monkeypatch.setattr(tiles, "GPU_TILES", ((0, small),))
     monkeypatch.setattr(triton_head, "CANDIDATE", request.param)
     if not torch.cuda.is_available():  # several blocks a tile, at a size that the interpreter can run
         monkeypatch.setattr(triton_fused, "fused_blocks", lambda dtype, softcap: triton_fused.Blocks(16, 32, 16, 1, 1))
