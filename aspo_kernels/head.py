@@ -15,6 +15,7 @@ from torch import Tensor
 
 from aspo_kernels import torch_head
 from aspo_kernels.checks import refuse_double_backward
+from aspo_kernels.recompute import formed_again
 from aspo_kernels.tiles import (
     Chunk,
     Epilogue,
@@ -48,7 +49,6 @@ def head_logps(
     group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logps, ref_logps (N,), G (N, H + r), row statistics (3, N), E (N, V); empty where not wanted."""
-    bias = bias if bias is None else bias.contiguous()  # the kernels read it as adjacent numbers
     head = Head(weight, bias, lora, Epilogue(logit_scale, softcap, temperature), sharded=group is not None)
     ops, shard = head_ops(backend), None if group is None else vocabulary_group(group)
     y = targets - vocabulary_start
@@ -204,15 +204,12 @@ def head_grads(
     scale = _power_of_two_above(grad_logps)
     coefficient = -epilogue.slope * (grad_logps / scale) / statistics[1]
     narrow, width = gradient_operand_dtype(hidden.dtype), hidden.shape[1] - rank
-    columns = {0: slice(0, width), 1: None, 2: slice(width, None)}
-    # Each gradient is E^T times its small operand: coefficient * x, the coefficient, coefficient * x A^T.
+    # Each gradient is E^T times its small operand, the coefficient times x, 1 or x A^T.
+    factors: tuple[Tensor | int, ...] = (hidden[:, :width], 1, hidden[:, width:])
     small = [
-        (
-            grad,
-            (coefficient[:, None] if columns[k] is None else coefficient[:, None] * hidden[:, columns[k]]).to(narrow),
-        )
-        for k, grad in enumerate(grads)
-        if (needs_weight, needs_bias, needs_lora)[k]
+        (grad, (coefficient[:, None] * factor).to(narrow))
+        for grad, factor, needed in zip(grads, factors, (needs_weight, needs_bias, needs_lora), strict=True)
+        if needed
     ]
     with op_context(hidden):
         if exps is not None:
@@ -223,7 +220,7 @@ def head_grads(
                     grad.copy_(product.view_as(grad))
         else:
             assert targets is not None and weight is not None
-            head = Head(weight, bias if bias is None else bias.contiguous(), lora, epilogue)
+            head = Head(weight, bias, lora, epilogue)
             _recompute(grads=small, scale=scale, hidden=hidden, y=targets - vocabulary_start, statistics=statistics,
                        head=head, ops=head_ops(backend))  # fmt: skip
     return grads
@@ -260,16 +257,14 @@ def _recompute(
     ops: ModuleType,
 ) -> None:
     """grad = scale * E^T operand with E formed again, slice by slice; chunks of tokens add up in fp32."""
-    size, (shift, _, target_entry) = tile_size(hidden), statistics
-    narrow = gradient_operand_dtype(hidden.dtype)
-    for columns in vocabulary_slices(head.size, min(hidden.shape[0], size.tokens), size):
-        width = columns.stop - columns.start
-        totals = [shift.new_zeros(width, operand.shape[1]) for _, operand in grads]
-        for group in token_chunks(hidden.shape[0], size.gradient_tokens):
-            exps = hidden.new_empty(group.stop - group.start, width, dtype=narrow)
-            for part in token_chunks(exps.shape[0], size.tokens):
-                at = slice(group.start + part.start, group.start + part.stop)
-                ops.exps_again(hidden[at], y[at], head, columns, shift[at], target_entry[at], exps[part])
+    shift, _, target_entry = statistics
+
+    def write_tile(tokens: slice, columns: slice, out: Tensor) -> None:
+        ops.exps_again(hidden[tokens], y[tokens], head, columns, shift[tokens], target_entry[tokens], out)
+
+    for columns, groups in formed_again(hidden, head.size, write_tile):
+        totals = [shift.new_zeros(columns.stop - columns.start, operand.shape[1]) for _, operand in grads]
+        for group, exps in groups:
             for total, (_, operand) in zip(totals, grads, strict=True):
                 add_product_(total, exps.T, operand[group])
         for total, (grad, _) in zip(totals, grads, strict=True):

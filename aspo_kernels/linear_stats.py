@@ -36,9 +36,10 @@ from aspo_kernels.checks import (
     refuse_double_backward,
 )
 from aspo_kernels.head import head_ops
-from aspo_kernels.recompute import gradient_outputs, log_total, pull_back, stats_ops, whole_head
+from aspo_kernels.recompute import gradient_outputs, log_total, pull_back, stats_ops
 from aspo_kernels.tiles import (
     Epilogue,
+    Head,
     cast_for_autocast,
     op_context,
     statistics_dtype,
@@ -129,7 +130,7 @@ def _linear_stats(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logps, entropy, lse, top1 (N,), and for the backward (4, N): shift, log Z, and logps and entropy again."""
-    head = whole_head(weight, bias, Epilogue(logit_scale, softcap, temperature))
+    head = Head(weight, bias, None, Epilogue(logit_scale, softcap, temperature))
     logps, entropy, lse, top1, rows = outputs = _outputs(hidden)
     y = targets.contiguous()
     size, ops, add_stats_ = tile_size(hidden), head_ops(backend), stats_ops(backend).add_stats_
@@ -207,7 +208,7 @@ def _stats_grads(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden (N, H), weight (V, H) and bias (V,); empty where not needed."""
-    head = whole_head(weight, bias, Epilogue(logit_scale, softcap, temperature))
+    head = Head(weight, bias, None, Epilogue(logit_scale, softcap, temperature))
     y = targets.contiguous()
     shift, log_z, logps, entropy = rows
     g_logp, g_h, g_lse = (torch.zeros_like(logps) if g is None else g for g in (grad_logps, grad_entropy, grad_lse))

@@ -1,12 +1,13 @@
-"""What `linear_stats` and `linear_token_kl` share: the head's gradients from a dz that is formed again, tile by tile.
+"""The head's gradients from an N x V array that is formed again, one slice of the vocabulary at a time.
 
-dz (N, V) is the gradient of the products x W^T + bias, epilogue included. It exists one slice of the vocabulary at a
-time, so that each slice of dW is whole before the next begins and dX adds up in fp32. Axes: as in `tiles`.
+So each slice of dW is whole before the next begins, and dX adds up in fp32. `linear_logps` forms E again,
+`linear_stats` and `linear_token_kl` dz, the gradient of the products x W^T + bias, epilogue included; what else those
+two share is here too. Axes: as in `tiles`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from aspo_kernels import torch_stats
 from aspo_kernels.tiles import (
-    Epilogue,
     Head,
     add_product_,
     gradient_operand_dtype,
@@ -34,14 +34,32 @@ def stats_ops(backend: str) -> ModuleType:
     return triton_stats
 
 
-def whole_head(weight: Tensor, bias: Tensor | None, epilogue: Epilogue) -> Head:
-    """A head without LoRA, all of it here; the kernels read a bias as adjacent numbers."""
-    return Head(weight, bias if bias is None else bias.contiguous(), None, epilogue)
-
-
 def log_total(logps: Tensor, z_y: Tensor, shift: Tensor, denominator: Tensor) -> Tensor:
     """log sum_v exp(z_v - shift), with all its digits where the shift is the target's logit and p_y is near 1.  (n,)"""
     return torch.where(z_y == shift, -logps, denominator.log())
+
+
+def formed_again(
+    hidden: Tensor,  # (N, H)
+    vocabulary: int,
+    write_tile: Callable[[slice, slice, Tensor], None],
+) -> Iterator[tuple[slice, Iterator[tuple[slice, Tensor]]]]:
+    """Each slice of the vocabulary, and for it, group after group, some tokens and the array's (n, v) for them.
+
+    write_tile(tokens, columns, out): writes a tile of it, at most a chunk's tokens and one slice of the vocabulary.
+    """
+    size, tokens = tile_size(hidden), hidden.shape[0]
+
+    def groups(columns: slice) -> Iterator[tuple[slice, Tensor]]:
+        for group in token_chunks(tokens, size.gradient_tokens):
+            width, narrow = columns.stop - columns.start, gradient_operand_dtype(hidden.dtype)
+            out = hidden.new_empty(group.stop - group.start, width, dtype=narrow)
+            for part in token_chunks(out.shape[0], size.tokens):
+                write_tile(slice(group.start + part.start, group.start + part.stop), columns, out[part])
+            yield group, out
+
+    for columns in vocabulary_slices(vocabulary, min(tokens, size.tokens), size):
+        yield columns, groups(columns)
 
 
 def gradient_outputs(
@@ -63,25 +81,21 @@ def pull_back(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dX = dz W, dW = dz^T X, db = sum_n dz, as `gradient_outputs`. 1u each for dX and dW, and what write_tile costs.
 
-    write_tile(tokens, columns, out): writes dz of some tokens (at most a tile's) and one slice of the vocabulary.
+    write_tile: writes dz, see `formed_again`.
     """
     d_hidden, d_weight, d_bias = outputs = gradient_outputs(hidden, head.weight, *needs)
     needs_hidden, needs_weight, needs_bias = needs
-    size, tokens = tile_size(hidden), hidden.shape[0]
-    narrow, wide = gradient_operand_dtype(hidden.dtype), statistics_dtype(hidden.dtype)
+    wide = statistics_dtype(hidden.dtype)
     total = torch.zeros_like(d_hidden, dtype=wide)
-    for columns in vocabulary_slices(head.size, min(tokens, size.tokens), size):
+    for columns, groups in formed_again(hidden, head.size, write_tile):
         width = columns.stop - columns.start
         weight_total = total.new_zeros((width, hidden.shape[1]) if needs_weight else 0)
         bias_total = total.new_zeros(width if needs_bias else 0)
-        for group in token_chunks(tokens, size.gradient_tokens):
-            dz = hidden.new_empty(group.stop - group.start, width, dtype=narrow)
-            for part in token_chunks(dz.shape[0], size.tokens):
-                write_tile(slice(group.start + part.start, group.start + part.stop), columns, dz[part])
+        for group, dz in groups:
             if needs_hidden:
                 head.pull_back_(total[group], dz, columns)
             if needs_weight:
-                add_product_(weight_total, dz.T, hidden[group].to(narrow))
+                add_product_(weight_total, dz.T, hidden[group].to(dz.dtype))
             if needs_bias:
                 bias_total += dz.sum(0, dtype=wide)
         if needs_weight:

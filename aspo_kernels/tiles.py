@@ -126,6 +126,15 @@ class Head:
         width = self.weight.shape[1]
         return products(x[:, :width], self.weight[part]).add_(products(x[:, width:], self.lora[part]))
 
+    def bias_of(self, part: slice) -> Tensor | None:
+        """One slice of the bias, its numbers adjacent, as the kernels read it; None where there is no bias.  (v,)."""
+        return None if self.bias is None else self.bias[part].contiguous()
+
+    def logits_(self, z: Tensor, part: slice) -> Tensor | None:
+        """Products of one slice to logits, in place; returns the soft-cap's derivative or None.  (n, v)."""
+        bias = self.bias_of(part)
+        return self.epilogue.apply_(z, None if bias is None else bias.to(z.dtype))
+
     def pull_back_(self, total: Tensor, operand: Tensor, part: slice) -> None:
         """total += operand [W, B] of one slice of the vocabulary.  (m, H + r), (m, v)."""
         width = self.weight.shape[1]

@@ -124,7 +124,7 @@ def exps_again(
 def _tile_logits(x: Tensor, head: Head, part: slice) -> tuple[Tensor, Tensor | None]:
     """Logits of one slice of the vocabulary and the soft-cap's derivative.  (n, v)."""
     z = head.products(x, part)
-    return z, head.epilogue.apply_(z, None if head.bias is None else head.bias[part].to(z.dtype))
+    return z, head.logits_(z, part)
 
 
 def _shifted_exps(z: Tensor, shift: Tensor, y: Tensor, part: slice) -> Tensor:

@@ -19,7 +19,7 @@ def add_stats_(chunk: Chunk, extra: Tensor, z: Tensor, head: Head, part: slice) 
     extra: (3, n) sum_{v != y} E_v (z_v - shift); max_{v != y} z_v; z_y as these products have it, so that it ties with
     a twin of its row. z: (n, v) products.
     """
-    _logits_(z, head, part)
+    head.logits_(z, part)
     moment, largest, target = extra
     here, at = _targets_inside(chunk.y, part)
     target[here] = z[here, at]
@@ -40,7 +40,7 @@ def write_stats_grad(z: Tensor, y: Tensor, head: Head, part: slice, rows: Tensor
 
     rows: (5, n) shift, log sum_v exp(z_v - shift), a, b, entry. d: the soft-cap's derivative.
     """
-    derivative = _logits_(z, head, part)
+    derivative = head.logits_(z, part)
     shift, log_total, a, b, entry = rows[:, :, None]
     log_p = z.sub_(shift).sub_(log_total)
     p = log_p.exp()
@@ -66,8 +66,8 @@ def add_pair_(
     """
     moment, difference = extra
     n = moment.shape[0]
-    derivative = _logits_(z, head, part)
-    _logits_(ref_z, ref_head, part)
+    derivative = head.logits_(z, part)
+    ref_head.logits_(ref_z, part)
     here, at = _targets_inside(chunk.y[:n], part)
     z[here, at] = ref_z[here, at] = float("-inf")
     shift = torch.maximum(chunk.shift, torch.cat([z.amax(1), ref_z.amax(1)]))
@@ -100,17 +100,12 @@ def write_pair_grad(
 
     rows: (7, n) shift and log sum_v exp(z_v - shift) of the policy, the same of the reference, a, b, entry.
     """
-    derivative = _logits_(z, head, part)
-    _logits_(ref_z, ref_head, part)
+    derivative = head.logits_(z, part)
+    ref_head.logits_(ref_z, part)
     shift, log_total, ref_shift, ref_log_total, a, b, entry = rows[:, :, None]
     p = z.sub_(shift).sub_(log_total).exp_()
     ref_p = ref_z.sub_(ref_shift).sub_(ref_log_total).exp_()
     _write(a * (p - ref_p) - b * p, derivative, y, part, entry, out)
-
-
-def _logits_(z: Tensor, head: Head, part: slice) -> Tensor | None:
-    """Products to logits in place; the soft-cap's derivative.  (n, v)."""
-    return head.epilogue.apply_(z, None if head.bias is None else head.bias[part].to(z.dtype))
 
 
 def _targets_inside(y: Tensor, part: slice) -> tuple[Tensor, Tensor]:

@@ -154,8 +154,7 @@ def _launch(
     x: Tensor, y: Tensor, head: Head, part: slice, shift: Tensor, entry: Tensor | None, e: Tensor, m: int,
     partial: Tensor, blocks: Blocks,
 ) -> None:  # fmt: skip
-    n, width, w = y.shape[0], part.stop - part.start, head.weight[part]
-    bias = None if head.bias is None else head.bias[part]
+    n, width, w, bias = y.shape[0], part.stop - part.start, head.weight[part], head.bias_of(part)
     _fused_kernel[(triton.cdiv(n, blocks.n) * triton.cdiv(width, blocks.v),)](
         x, w, bias, y, shift, entry, e, partial, x.stride(0), w.stride(0), e.stride(0), n, m, part.start,
         width, x.shape[1], *scalars(head.epilogue), max_lead(e.dtype), HAS_BIAS=bias is not None,

@@ -205,7 +205,7 @@ def exps_tile(chunk: Chunk, head: Head, part: slice, operand_dtype: torch.dtype 
     else:
         z = head.products(chunk.x, part)
         block = triton.next_power_of_2(width)
-        bias = None if head.bias is None else head.bias[part]
+        bias = head.bias_of(part)
         _exps_kernel[(n,)](
             z, bias, chunk.y, chunk.sums, e, weighted, z.stride(0), e.stride(0), weighted.stride(0), n, m,
             part.start, width, hidden, done, *scalars(head.epilogue), max_lead(e.dtype), HAS_BIAS=bias is not None,
@@ -267,7 +267,7 @@ def exps_again(x: Tensor, y: Tensor, head: Head, part: slice, shift: Tensor, tar
         return
     z = head.products(x, part)
     block = triton.next_power_of_2(width)
-    bias = None if head.bias is None else head.bias[part]
+    bias = head.bias_of(part)
     _exps_again_kernel[(n,)](
         z, bias, y, shift, target_entry, out, z.stride(0), out.stride(0), part.start, width, *scalars(head.epilogue),
         HAS_BIAS=bias is not None, HAS_SOFTCAP=head.epilogue.softcap is not None, BLOCK_V=block,

@@ -147,7 +147,7 @@ def _pair_grad_kernel(
 def add_stats_(chunk: Chunk, extra: Tensor, z: Tensor, head: Head, part: slice) -> None:
     """As torch_stats.add_stats_."""
     n, width = z.shape
-    block, bias = triton.next_power_of_2(width), _bias(head, part)
+    block, bias = triton.next_power_of_2(width), head.bias_of(part)
     _add_stats_kernel[(n,)](
         z, bias, chunk.y, chunk.sums, extra, z.stride(0), n, part.start, width, *scalars(head.epilogue),
         HAS_BIAS=bias is not None, HAS_SOFTCAP=head.epilogue.softcap is not None, BLOCK_V=block,
@@ -158,7 +158,7 @@ def add_stats_(chunk: Chunk, extra: Tensor, z: Tensor, head: Head, part: slice) 
 def write_stats_grad(z: Tensor, y: Tensor, head: Head, part: slice, rows: Tensor, out: Tensor) -> None:
     """As torch_stats.write_stats_grad."""
     n, width = z.shape
-    block, bias = triton.next_power_of_2(width), _bias(head, part)
+    block, bias = triton.next_power_of_2(width), head.bias_of(part)
     _stats_grad_kernel[(n,)](
         z, bias, y, rows, out, z.stride(0), rows.stride(0), out.stride(0), part.start, width,
         *scalars(head.epilogue), HAS_BIAS=bias is not None, HAS_SOFTCAP=head.epilogue.softcap is not None,
@@ -172,7 +172,7 @@ def add_pair_(
 ) -> Tensor | None:  # fmt: skip
     """As torch_stats.add_pair_."""
     n, width = z.shape
-    block, bias, ref_bias = triton.next_power_of_2(width), _bias(head, part), _bias(ref_head, part)
+    block, bias, ref_bias = triton.next_power_of_2(width), head.bias_of(part), ref_head.bias_of(part)
     has_e = operand_dtype is not None and chunk.weighted is not None
     e = z.new_empty(2 * n, width, dtype=operand_dtype) if has_e else z
     weighted = chunk.weighted if chunk.weighted is not None and has_e else z
@@ -190,13 +190,9 @@ def write_pair_grad(
 ) -> None:
     """As torch_stats.write_pair_grad."""
     n, width = z.shape
-    block, bias, ref_bias = triton.next_power_of_2(width), _bias(head, part), _bias(ref_head, part)
+    block, bias, ref_bias = triton.next_power_of_2(width), head.bias_of(part), ref_head.bias_of(part)
     _pair_grad_kernel[(n,)](
         z, ref_z, bias, ref_bias, y, rows, out, z.stride(0), ref_z.stride(0), rows.stride(0), out.stride(0),
         part.start, width, *scalars(head.epilogue), HAS_BIAS=bias is not None, HAS_REF_BIAS=ref_bias is not None,
         HAS_SOFTCAP=head.epilogue.softcap is not None, BLOCK_V=block, num_warps=row_warps(block),
     )  # fmt: skip
-
-
-def _bias(head: Head, part: slice) -> Tensor | None:
-    return None if head.bias is None else head.bias[part]
