@@ -7,7 +7,7 @@ your own loss from `linear_logps` and `objectives`.
 from aspo_kernels import aspo as _aspo  # noqa: F401  registers its objective
 from aspo_kernels import objectives, reference
 from aspo_kernels.layout import SentenceLayout
-from aspo_kernels.linear_logps import linear_logps
+from aspo_kernels.linear_logps import linear_logps, linear_logps_pair
 from aspo_kernels.linear_stats import LinearStats, linear_stats
 from aspo_kernels.linear_token_kl import TokenKL, linear_token_kl
 from aspo_kernels.sentence_dpo import (
@@ -30,6 +30,7 @@ __all__ = [
     "gather_head",
     "gather_hidden",
     "linear_logps",
+    "linear_logps_pair",
     "linear_stats",
     "linear_token_kl",
     "objectives",

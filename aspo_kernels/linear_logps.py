@@ -74,6 +74,47 @@ def linear_logps(
     )[0]  # fmt: skip
 
 
+def linear_logps_pair(
+    hidden: Tensor,
+    ref_hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    vocabulary: VocabularyShard | None = None,
+    backend: str = "auto",
+    memory_budget: int | None = None,
+    validate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`linear_logps(hidden, head, targets), linear_logps(ref_hidden.detach(), head.detach(), targets)` in one pass.
+
+    For a policy and a reference with one output head, as where adapters sit on the trunk alone: each slice of the head
+    is read once for both. Where the reference's head is another one (the policy's has a LoRA, or has been trained away
+    from it) call `linear_logps` twice.
+
+    Args:
+        hidden, ref_hidden: (N, H), policy and reference at the same counted tokens, of one dtype and device. N = 0 is
+            fine.
+        The others: as in `linear_logps`.
+
+    Returns:
+        (N,) fp32 log-probabilities of the policy, differentiable once in hidden, head and bias; and (N,) fp32 of the
+        reference, which carry no gradient.
+
+    Raises:
+        ValueError: as `linear_logps`, and where ref_hidden is not shaped like hidden.
+    """
+    logps, ref_logps = policy_and_reference_logps(
+        hidden, ref_hidden, head, targets, bias, Epilogue(logit_scale, softcap, temperature), None, vocabulary,
+        backend, memory_budget, validate,
+    )  # fmt: skip
+    assert ref_logps is not None
+    return logps, ref_logps
+
+
 def policy_and_reference_logps(
     hidden: Tensor,
     ref_hidden: Tensor | None,
@@ -103,6 +144,13 @@ def policy_and_reference_logps(
     head, bias = gather_if_frozen("head", head), gather_if_frozen("bias", bias)
     lora_a, lora_b = gather_if_frozen("lora's A", lora_a), gather_if_frozen("lora's B", lora_b)
     check_head(hidden, head, bias)
+    if ref_hidden is not None:
+        check_head(ref_hidden, head, bias, "ref_hidden")
+        if ref_hidden.shape != hidden.shape:
+            raise ValueError(
+                f"hidden is {tuple(hidden.shape)} but ref_hidden {tuple(ref_hidden.shape)}: give the policy's and the "
+                "reference's hidden states at the same tokens"
+            )
     check_lora(hidden, head, lora_a, lora_b, scaling)
     check_targets(targets, hidden.shape[0], vocabulary.size if vocabulary else head.shape[0], hidden.device, validate)
     if memory_budget is not None and memory_budget < 0:

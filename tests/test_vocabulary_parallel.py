@@ -17,8 +17,7 @@ from problems import EPILOGUES, SCHEDULES, Problem, check_gradients, check_logps
 from ranks import Ranks
 from torch import Tensor
 
-from aspo_kernels import SentenceLayout, linear_logps, sentence_dpo_loss, tiles
-from aspo_kernels.linear_logps import policy_and_reference_logps
+from aspo_kernels import SentenceLayout, linear_logps, linear_logps_pair, sentence_dpo_loss, tiles
 from aspo_kernels.vocabulary import VocabularyShard
 
 # 40 tokens are three chunks of 16 (the last of 8); 150 rows are up to three slices of 64 in one process.
@@ -308,8 +307,8 @@ def run_both(problem: Problem, ref_hidden: Tensor, cuts: tuple[int, ...]) -> Any
     hidden = problem.hidden.requires_grad_()
     head, bias = problem.head[shard.start : shard.stop], problem.bias[shard.start : shard.stop]
     with Wire() as seen:
-        logps, ref_logps = policy_and_reference_logps(
-            hidden, ref_hidden, head, problem.targets, bias, tiles.Epilogue(), None, shard, "torch", None, False
+        logps, ref_logps = linear_logps_pair(
+            hidden, ref_hidden, head, problem.targets, bias=bias, vocabulary=shard, backend="torch"
         )
         logps.backward(problem.upstream.to(logps))
     return logps.detach().double(), ref_logps.double(), hidden.grad.double(), seen
