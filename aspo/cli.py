@@ -14,6 +14,7 @@ from typing import NoReturn
 COMMANDS = {
     "pairs": ("aspo.pairs", "make preference pairs: answers on the clean and on a noised image"),
     "score": ("aspo.scores", "score each sentence's similarity to the image with CLIP"),
+    "reference": ("aspo.reference", "compute the reference's log-probabilities ahead, for training"),
     "train": ("aspo.train", "train a model on preference pairs with ASPO, DPO and others"),
     "eval": ("aspo.evaluate", "measure hallucination on images whose truth is known"),
     "report": ("aspo.report", "write one HTML page about runs: curves, tables, weighted sentences"),
@@ -43,7 +44,7 @@ class Parser(argparse.ArgumentParser):
 
 def overview() -> str:
     """The text of `aspo --help`."""
-    lines = [f"  {name:8}{text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:11}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: aspo [--traceback] COMMAND [options]",
