@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from itertools import zip_longest
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from aspo_kernels.layout_capacity import padded_fields, tensors_to_copy
 from aspo_kernels.layout_checks import (
     check_groups,
     check_integer,
@@ -159,32 +157,7 @@ class SentenceLayout:
         Raises:
             ValueError: a capacity is too small; or no sentence is left over for the tail of chosen_sentences.
         """
-        for name, capacity, size in (
-            ("tokens", tokens, self.num_tokens),
-            ("sentences", sentences, self.num_sentences),
-            ("chosen_sentences", chosen_sentences, self.chosen_sentences.numel()),
-        ):
-            if capacity < size:
-                raise ValueError(f"{name} is {capacity} but this layout has {size}: choose a larger capacity")
-        if chosen_sentences > self.chosen_sentences.numel() and sentences == self.num_sentences:
-            raise ValueError(
-                f"sentences is {sentences}, all in use, but the tail of chosen_sentences needs an empty one: choose "
-                f"sentences >= {sentences + 1}"
-            )
-        spare = torch.arange(tokens - self.num_tokens, device=self.targets.device)
-        mask = self.perplexity_mask
-        changed = {
-            "targets": F.pad(self.targets, (0, spare.numel())),
-            "hidden_index": torch.cat([self.hidden_index, spare % max(self.hidden_rows, 1)]),
-            "sentence_offsets": torch.cat(
-                [self.sentence_offsets, self.sentence_offsets[-1:].expand(sentences - self.num_sentences)]
-            ),
-            "perplexity_mask": None if mask is None else F.pad(mask, (0, spare.numel())),
-            "chosen_sentences": F.pad(
-                self.chosen_sentences, (0, chosen_sentences - self.chosen_sentences.numel()), value=sentences - 1
-            ),
-            "padded": True,
-        }
+        changed = padded_fields(self, tokens, sentences, chosen_sentences)
         padded = self._map(Tensor.clone)  # nothing shared: copy_ will write into it
         for name, value in changed.items():
             object.__setattr__(padded, name, value)
@@ -198,24 +171,7 @@ class SentenceLayout:
                 hidden states beyond those of an unknown padded_shape. A replay would not notice.
         """
         other.require_nonempty()
-        pairs = []
-        for name, mine, its in (*_tensors(self, other), *_role_tensors(self, other)):
-            if (mine is None) != (its is None) or (mine is not None and mine.shape != its.shape):
-                sizes = ["absent" if t is None else tuple(t.shape) for t in (its, mine)]
-                raise ValueError(f"{name} is {sizes[0]} but {sizes[1]} in the layout to fill: use padded_to")
-            if mine is not None:
-                pairs.append((mine, its))
-        if other.padded_shape != self.padded_shape or other.num_items != self.num_items:
-            raise ValueError(
-                f"padded_shape {other.padded_shape} and {other.num_items} items do not fit {self.padded_shape} and "
-                f"{self.num_items} items of the layout to fill"
-            )
-        if self.padded_shape is None and other.hidden_rows > self.hidden_rows:
-            raise ValueError(
-                f"hidden_index reaches row {other.hidden_rows - 1} but the layout to fill has {self.hidden_rows} rows "
-                "and its padded_shape is unknown: fill the layout that reaches further, or pass padded_shape"
-            )
-        for mine, its in pairs:
+        for mine, its in tensors_to_copy(self, other):
             mine.copy_(its, non_blocking=non_blocking)
         return self
 
@@ -327,18 +283,6 @@ def without_final_eos(
     longer_than_one = sentence_offsets[ends] - sentence_offsets[ends - 1] > 1
     mask[last_token[(targets[last_token] == eos_token_id) & longer_than_one]] = False
     return mask
-
-
-def _tensors(*layouts: SentenceLayout) -> list[tuple[Any, ...]]:
-    """(name, a layout's tensor, the other's) for every field that may hold one."""
-    names = [f.name for f in fields(SentenceLayout) if any(isinstance(getattr(x, f.name), Tensor) for x in layouts)]
-    return [(name, *(getattr(layout, name) for layout in layouts)) for name in names]
-
-
-def _role_tensors(*layouts: SentenceLayout) -> list[tuple[Any, ...]]:
-    """The same for role_responses."""
-    by_role = zip_longest(*(layout.role_responses for layout in layouts))
-    return [(f"the responses of role {role}", *rows) for role, rows in enumerate(by_role)]
 
 
 __all__ = ["IGNORE_INDEX", "SentenceLayout"]
