@@ -195,7 +195,7 @@ def _aspo_forward(
     """Losses (B,); margin, chosen reward, rejected reward and fallback (B, 4); weight and log-ratio (S_chosen, 2);
     g_n = d loss_b / d logp_n (N,), or nothing without `with_gradient`. All fp32; only the losses are differentiable.
     """
-    from aspo_kernels.triton_sentences import aspo_forward
+    from aspo_kernels.triton_aspo import aspo_forward
 
     losses, per_pair, per_sentence, g = _outputs(logps, chosen, num_chosen, with_gradient)
     if not complete:  # what no pair holds is 0
@@ -237,7 +237,7 @@ def _aspo_backward(
     dtype: torch.dtype,
 ) -> Tensor:
     """d_logps[n] = g[n] * upstream[pair of n].  (N,)."""
-    from aspo_kernels.triton_sentences import aspo_backward
+    from aspo_kernels.triton_aspo import aspo_backward
 
     d_logps = torch.empty_like(g, dtype=dtype)
     if not complete:
