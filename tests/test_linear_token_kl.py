@@ -130,10 +130,11 @@ def test_epilogues(backend, needs, own_head, epilogue, device):
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 3), (9, 65, 1), (2, 129, 70)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 3), (9, 65, 1), (2, 129, 70), (35, 65, 3)], ids=str)
 @pytest.mark.parametrize("needs", ["frozen", "trainable"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_odd_sizes(backend, needs, sizes, device):
+    # 35 tokens are two groups in the backward, of 32 and 3
     device = device if backend == "triton" else "cpu"
     check(Pair(*sizes, torch.float32, bias=False), "mix", backend, needs=NEEDS[needs], device=device)
 

@@ -141,12 +141,13 @@ def test_non_contiguous_operands(schedule, device):
         (wide[::2, 3:20], torch.randn(90, 40, device=device)[:, 5:22]),
     ]
     needs, budget = SCHEDULES[schedule]
+    bias = torch.randn(270, device=device)[::3]
     for hidden, head in layouts:
         targets = torch.randint(90, (hidden.shape[0],), device=device)
         results = []
-        for x, w in ((hidden, head), (hidden.contiguous(), head.contiguous())):
+        for x, w, b in ((hidden, head, bias), (hidden.contiguous(), head.contiguous(), bias.contiguous())):
             x, w = x.detach().requires_grad_(needs[0]), w.detach().requires_grad_(needs[1])
-            logps = linear_logps(x, w, targets, backend="triton", memory_budget=budget)
+            logps = linear_logps(x, w, targets, bias=b, backend="triton", memory_budget=budget)
             logps.sum().backward()
             results.append([logps.detach()] + [t.grad for t in (x, w) if t.grad is not None])
         for strided, plain in zip(*results, strict=True):
