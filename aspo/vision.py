@@ -228,7 +228,7 @@ def _has_dropout(tower: nn.Module) -> bool:
 def _join(entries: list[Entry]) -> Any:
     """A tower's output from the outputs of its entries; a new object with new tensors, since models write into it."""
     columns = zip(*(leaves for leaves, _ in entries), strict=True)
-    leaves = [_joined(parts) if isinstance(parts[0], Tensor) else parts[0] for parts in columns]
+    leaves = [None if any(part is None for part in parts) else _joined(parts) for parts in columns]
     return pytree.tree_unflatten(leaves, entries[0][1])
 
 

@@ -8,6 +8,7 @@ import operator
 import os
 import warnings
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, SupportsIndex, TypeAlias
 
@@ -33,7 +34,7 @@ class FeatureFolder:
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
         self.folder, self.shard_bytes = folder, shard_bytes
         folder.mkdir(parents=True, exist_ok=True)
-        self._where: dict[str, Path] = {}
+        self._where: dict[str, list[Path]] = {}  # more than one where one of them is damaged, or of another process
         self._seen: set[str] = set()
         self._listed_at = -1
         self._fresh: list[tuple[str, str]] = []  # keys of this step, and whose reads decide what is kept of them
@@ -44,19 +45,22 @@ class FeatureFolder:
 
     def get(self, key: str, device: torch.device) -> Entry | None:
         """The entry of a key, on a device; None where there is none."""
-        if key in self._pending:
-            leaves, spec = self._pending[key]
-        else:
-            if key not in self._where:
-                self._list()
-            if key not in self._where:
-                return None
-            try:
-                leaves, spec = _read(self._where[key], key)
-            except UNREADABLE as error:
-                _warn_unreadable(self._where.pop(key), error)
-                return None
+        entry = self._pending.get(key) or self._read(key)
+        if entry is None:
+            return None
+        leaves, spec = entry
         return [leaf if leaf is None else leaf.to(device) for leaf in leaves], spec
+
+    def _read(self, key: str) -> Entry | None:
+        if not self._where.get(key):
+            self._list()
+        shards = self._where.get(key, [])
+        while shards:
+            try:
+                return _read_entry(shards[-1], key)
+            except UNREADABLE as error:
+                _warn_unreadable(shards.pop(), error)
+        return None
 
     def add(self, entries: dict[str, Entry], signature: str) -> None:
         """Keep entries. Which of their `hidden_states` is known when the step ends, see `watch`."""
@@ -96,8 +100,7 @@ class FeatureFolder:
         unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
         save_file(tensors, unfinished, metadata=about)
         os.replace(unfinished, path)
-        self._where.update(dict.fromkeys(about, path))
-        self._seen.add(path.name)
+        self._note(path, about)
         self._pending, self._bytes = {}, 0
 
     def warn_not_kept(self) -> None:
@@ -118,12 +121,17 @@ class FeatureFolder:
         self._listed_at = changed
         for path in sorted(self.folder.glob("*.safetensors")):
             if path.name not in self._seen:
-                self._seen.add(path.name)
                 try:
                     with safe_open(path, "pt") as shard:
-                        self._where.update(dict.fromkeys(shard.metadata() or (), path))
+                        self._note(path, shard.metadata() or {})
                 except UNREADABLE as error:
+                    self._seen.add(path.name)
                     _warn_unreadable(path, error)
+
+    def _note(self, path: Path, keys: Iterable[str]) -> None:
+        self._seen.add(path.name)
+        for key in keys:
+            self._where.setdefault(key, []).append(path)
 
 
 class Layers(tuple):
@@ -159,7 +167,7 @@ def _without_layers(entry: Entry, reads: set[int] | None) -> Entry:
     return pytree.tree_flatten(output)
 
 
-def _read(path: Path, key: str) -> Entry:
+def _read_entry(path: Path, key: str) -> Entry:
     with safe_open(path, "pt") as shard:
         about = json.loads(shard.metadata()[key])
         leaves: list[Any] = []
