@@ -20,7 +20,15 @@ from aspo_kernels import SentenceLayout, objectives
 from aspo_kernels.checks import BACKENDS
 
 # None in the dataclass means "not given"; __post_init__ fills in what the run uses and refuses the rest.
-LORA_DEFAULTS: dict[str, Any] = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": None}
+LORA_DEFAULTS: dict[str, Any] = {
+    **{"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "use_dora": False, "lora_target_modules": None}
+}
+CHOICES = {
+    "shared_prefix": ("auto", "on", "off"),
+    "prefix_attention": ("auto", "segments", "varlen", "flex", "mask"),
+    "vision_cache": ("none", "step", "disk"),
+    "kernel_backend": BACKENDS,
+}
 OBJECTIVE_OPTIONS = ("beta", "alpha", "normalizer", "perplexity", "perplexity_scale", "label_smoothing", "gamma")
 TRL_NAMES = {"sigmoid": "dpo"}  # TRL's name of a loss -> ours
 
@@ -28,7 +36,6 @@ TRL_NAMES = {"sigmoid": "dpo"}  # TRL's name of a loss -> ours
 UNSUPPORTED = {
     "remove_unused_columns": "the collator reads columns that the model does not take; leave it off",
     "torch_compile": "the loss runs the model's trunk, which Trainer would not compile; compile the model yourself",
-    "use_liger_kernel": "it replaces the model's forward, which the loss does not run",
     "label_smoothing_factor": "it smooths a token loss that is never computed; for DPO use label_smoothing",
     "label_names": "the collator fixes what the loss reads",
     "bf16_full_eval": "it would convert the policy but not its reference; use bf16",
@@ -63,6 +70,9 @@ class AspoConfig(TrainingArguments):
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention of transformers: sdpa, eager, flash_attention_2."}
     )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Keep the frozen weights in 4 bits (QLoRA; needs CUDA and bitsandbytes)."}
+    )
     freeze_vision: bool = field(default=True, metadata={"help": "Keep the vision tower as it is in full fine-tuning."})
     disable_dropout: bool = field(default=True, metadata={"help": "Turn the model's dropout off."})
 
@@ -75,6 +85,41 @@ class AspoConfig(TrainingArguments):
     )
     max_length: int | None = field(
         default=2048, metadata={"help": "Most tokens of a row; only the response is ever cut."}
+    )
+
+    # The step (aspo.forward)
+    shared_prefix: str = field(
+        default="auto",
+        metadata={
+            "help": "Compute prompt and image once for the responses of a row: auto (where the first rows show that it "
+            "is exact for this model), on, off."
+        },
+    )
+    prefix_attention: str = field(
+        default="auto",
+        metadata={"help": "How shared and packed rows attend: auto, segments, varlen, flex, mask."},
+    )
+    padding_free: bool = field(default=False, metadata={"help": "Put a batch's pairs into one row, without padding."})
+    token_budget: int | None = field(
+        default=None,
+        metadata={"help": "Batches of as many pairs as fit into this many tokens, instead of a fixed number of pairs."},
+    )
+    vision_cache: str = field(
+        default="step",
+        metadata={
+            "help": "Features of a frozen vision tower: none (computed for each forward), step (once per unique image "
+            "and step), disk (once per image; kept in output_dir/vision_cache)."
+        },
+    )
+    precompute_ref_log_probs: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute the reference's log-probabilities before training; no reference is run or held then."
+        },
+    )
+    reference_cache: str | None = field(
+        default=None,
+        metadata={"help": "Where they are kept; `aspo reference` fills it ahead. Default: output_dir/reference."},
     )
 
     # Objective
@@ -123,6 +168,9 @@ class AspoConfig(TrainingArguments):
         default=None, metadata={"help": "Scale: the update is multiplied by lora_alpha / lora_r. Default: 32."}
     )
     lora_dropout: float | None = field(default=None, metadata={"help": "Dropout before the adapters. Default: 0."})
+    use_dora: bool | None = field(
+        default=None, metadata={"help": "Weight-decomposed LoRA: magnitude and direction apart. Default: off."}
+    )
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
@@ -167,6 +215,8 @@ class AspoConfig(TrainingArguments):
             raise ValueError(f"training on {processes} processes is not supported yet: start one, without a launcher")
         super().__post_init__()
         self.dataloader_pin_memory &= torch.accelerator.is_available() and not self.use_cpu  # else torch warns
+        if self.use_liger_kernel:  # for the body alone: its loss would be another one, and is never run
+            self.liger_kernel_config = {"fused_linear_cross_entropy": False, **(self.liger_kernel_config or {})}
         self._refuse_unsupported()
         self._settle_objective()
         self._settle_lora()
@@ -180,17 +230,20 @@ class AspoConfig(TrainingArguments):
             raise ValueError(
                 f"training on {self.n_gpu} devices is not supported yet: set CUDA_VISIBLE_DEVICES to name one device"
             )
-        if getattr(self, "train_sampling_strategy", None) == "group_by_length":
-            raise ValueError(
-                "train_sampling_strategy=group_by_length is not supported: rows have no length; use random"
-            )
+        if self.token_budget is not None and self.train_sampling_strategy == "group_by_length":
+            raise ValueError("token_budget groups rows by itself: leave train_sampling_strategy=group_by_length out")
         parse_dtype(self.dtype)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        if self.token_budget is not None and self.token_budget < 1:
+            raise ValueError(f"token_budget is {self.token_budget}; it must be positive, or null for a number of pairs")
+        if self.reference_cache is not None and not self.precompute_ref_log_probs:
+            raise ValueError("reference_cache is given, but precompute_ref_log_probs is off: turn it on, or drop it")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length is {self.max_length}; it must be positive, or null for no limit")
 
     def _settle_objective(self) -> None:
-        if self.kernel_backend not in BACKENDS:
-            raise ValueError(f"kernel_backend is {self.kernel_backend!r}; choose one of {', '.join(BACKENDS)}")
         if not self.loss_type or len(set(self.loss_type)) != len(self.loss_type):
             raise ValueError(f"loss_type is {self.loss_type}; name each objective once")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
@@ -218,6 +271,8 @@ class AspoConfig(TrainingArguments):
         if not self.use_lora:
             if given:
                 raise ValueError(f"{', '.join(given)} given, but use_lora is off; drop them or turn use_lora on")
+            if self.load_in_4bit:
+                raise ValueError("load_in_4bit keeps the weights frozen, but use_lora is off: turn use_lora on")
             return
         for name, default in LORA_DEFAULTS.items():
             if getattr(self, name) is None:

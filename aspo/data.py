@@ -6,7 +6,7 @@ Axes: B rows, R and T rows and columns of the grid, N counted tokens, S sentence
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from aspo.folder import append_row, load_images, row_name, write_rows
 from aspo.grid import NOT_COUNTED, GridItem, Response, grid_inputs, place, tree_layout
 from aspo.illustrated import illustrated_tokens, split_images, with_image_marks
+from aspo.lengths import Length, PromptLength, image_sizes
 from aspo.prompts import (
     Prompt,
     encode_prompt,
@@ -54,7 +55,7 @@ class Reading(NamedTuple):
 
     group: int
     row: Row
-    images: list[Image.Image]
+    images: list[Any]  # PIL images, or their sizes
     prompt: Prompt
     responses: tuple[tuple[int, str], ...]
     text: str
@@ -108,6 +109,7 @@ class Collator:
         self.processor, self.max_length, self.splitter = processor, max_length, splitter
         self.responses = tuple(responses)
         self.shared_prefix, self.padding_free, self.reference = shared_prefix, padding_free, reference
+        self._prompt_length = PromptLength(processor)
         self._warned = False
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
@@ -141,16 +143,22 @@ class Collator:
             "ids": [str(row.get("id", "")) for row in rows],
         }
 
-    def lengths(self, row: Row) -> tuple[int, tuple[int, ...]]:
-        """Tokens of a row's prompt (image tokens included) and of each of its responses, as a batch would have them.
+    def reading_lengths(self, row: Row) -> tuple[Length, ...]:
+        """(tokens of the prompt with its images, tokens of each response) of every reading of a row; usually one.
 
-        Raises ValueError as a call does. The row's images are decoded and processed.
+        As a batch would have them, from the images' sizes alone. Raises ValueError as a call does.
         """
-        readings = named(row, self._readings, 0, row)
-        inputs = self._process(readings)
-        items = [self._item(source, reading, inputs) for source, reading in enumerate(readings)]
-        answers = sorted((r.role, len(r.ids)) for item in items for r in item.responses)
-        return items[0].prompt - items[0].responses[0].inside, tuple(length for _, length in answers)
+        return tuple(named(row, self._length, reading) for reading in named(row, self._readings, 0, row, image_sizes))
+
+    def _length(self, reading: Reading) -> Length:
+        if reading.text == reading.prompt.text:
+            prompt = self._prompt_length(reading.prompt, reading.images)
+            answers = [self._answer(reading, [0] * prompt, *answer) for answer in reading.responses]
+        else:  # what an image becomes within a response only the processor can say
+            blank = reading._replace(images=[Image.new("RGB", (width, height)) for height, width in reading.images])
+            item = self._item(0, blank, self._process([blank]))
+            prompt, answers = item.prompt - item.responses[0].inside, list(item.responses)
+        return prompt, tuple(len(answer.ids) for answer in answers)
 
     def _process(self, readings: Sequence[Reading]) -> dict[str, Tensor]:
         prompts = [reading.prompt._replace(text=reading.text) for reading in readings]
@@ -163,13 +171,16 @@ class Collator:
         answers = [named(reading.row, self._answer, reading, ids, *answer) for answer in reading.responses]
         return GridItem(source, length, tuple(answers))
 
-    def _readings(self, group: int, row: Row) -> list[Reading]:
-        """The row's prompt with each set of images that a response is read with."""
+    def _readings(self, group: int, row: Row, load: Callable[..., list[Any]] = load_images) -> list[Reading]:
+        """The row's prompt with each set of images that a response is read with.
+
+        load: of a row and an image column; `image_sizes` where sizes are enough.
+        """
         answers = tuple(enumerate(self.responses))
         columns = ("negative_images", *(f"{column}_images" for column in self.responses))
-        given = {column: load_images(row, column) for column in columns if row.get(column) is not None}
+        given = {column: load(row, column) for column in columns if row.get(column) is not None}
         own = [answer for answer in answers if given.get(f"{answer[1]}_images")]
-        images, inside = split_images(row, self.responses, load_images(row))
+        images, inside = split_images(row, self.responses, load(row))
         sets = [(images, tuple(answer for answer in answers if answer not in own and answer[1] not in inside))]
         sets += [(given[f"{answer[1]}_images"], (answer,)) for answer in own]
         sets += [(images, (answer,)) for answer in answers if answer[1] in inside and answer not in own]
@@ -192,8 +203,10 @@ class Collator:
         given = row.get(f"{column}_sentences")
         similarity = row.get(f"{column}_similarity") if role == 0 else None
         spans = check_spans(text, given if given is not None else self.splitter(text))
+        offsets: list[tuple[int, int] | None]
         if reading.text == reading.prompt.text:
-            inside, (ids, offsets) = 0, encode_response(self.processor, reading.prompt, text)
+            ids, in_text = encode_response(self.processor, reading.prompt, text)
+            inside, offsets = 0, [*in_text]
         else:
             ids, offsets = illustrated_tokens(self.processor, reading.prompt, text, prompt_ids)
             inside, end = len(ids), end_of_turn(self.processor, reading.prompt)
@@ -204,8 +217,7 @@ class Collator:
             raise ValueError(
                 f"column '{column}_similarity': {len(similarity)} values for {len(spans)} sentences: score again"
             )
-        in_text = [offset for offset in offsets if offset is not None]
-        counted = iter(token_sentences(in_text, spans, text))
+        counted = iter(token_sentences([offset for offset in offsets if offset is not None], spans, text))
         sentences = [NOT_COUNTED if offset is None else next(counted) for offset in offsets]
         missing = sentences_without_tokens(sentences, len(spans))
         if missing and similarity is not None:

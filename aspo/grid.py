@@ -116,7 +116,9 @@ def tree_layout(
     answers = [(r, place, item, k) for place, item in zip(tree.items, items, strict=True)
                for k, r in enumerate(item.responses)]  # fmt: skip
     answers.sort(key=lambda answer: (answer[0].role, answer[0].group))
-    targets, index, sentence_offsets, response_offsets = [], [], [0], [0]
+    targets: list[int] = []
+    index: list[int] = []
+    sentence_offsets, response_offsets = [0], [0]
     for response, place, item, k in answers:
         row = place.row * tree.shape[1]
         before = row + place.start + item.prompt - response.inside - 1  # what predicts its first token
@@ -135,11 +137,15 @@ def tree_layout(
             sentence_offsets.append(len(targets))
         response_offsets.append(len(sentence_offsets) - 1)
     tensors = [torch.tensor(x, dtype=torch.long) for x in (targets, index, sentence_offsets, response_offsets)]
+    ids, hidden_index, sentences, answers_end = tensors
     layout = SentenceLayout(
-        *tensors,
+        ids,
+        hidden_index,
+        sentences,
+        answers_end,
         group=torch.tensor([answer[0].group for answer in answers], dtype=torch.long),
         role=torch.tensor([answer[0].role for answer in answers], dtype=torch.long),
-        perplexity_mask=without_final_eos(tensors[0], tensors[2], tensors[3], end_of_turn),
+        perplexity_mask=without_final_eos(ids, sentences, answers_end, end_of_turn),
         padded_shape=tree.shape,
     )
     shares_start = any(place.prefix > item.prompt for place, item in zip(tree.items, items, strict=True))

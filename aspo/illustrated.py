@@ -8,8 +8,6 @@ place, with its positions.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from aspo.prompts import Prompt, tokenizer_of
 from aspo.validate import IMAGE_PLACEHOLDER, image_marks, response_text
 
@@ -25,8 +23,8 @@ class Tokens(NamedTuple):
 
 
 def split_images(
-    row: Mapping[str, Any], responses: Sequence[str], images: Sequence[Image.Image]
-) -> tuple[list[Image.Image], dict[str, list[Image.Image]]]:
+    row: Mapping[str, Any], responses: Sequence[str], images: Sequence[Any]
+) -> tuple[list[Any], dict[str, list[Any]]]:
     """The row's images as the prompt's and each response's own, in the order prompt, first response, second, ...
 
     Raises:

@@ -21,13 +21,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils import is_bitsandbytes_available
 
 from aspo.data import Collator, encode_prompt, end_of_turn, generation_inputs, load_images, tokenizer_of
-from aspo_kernels import SentenceLayout, gather_hidden, linear_logps
+from aspo_kernels import SentenceLayout, gather_hidden, linear_logps, linear_logps_pair
 
 ADAPTER_CONFIG = "adapter_config.json"
 MAX_HEAD_ERROR = 0.02  # of the largest logit: bf16 keeps 8 bits, a forgotten scale or softcap is far above
@@ -60,6 +62,7 @@ def load_model(
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
     base: str | None = None,
+    load_in_4bit: bool = False,
 ) -> tuple[PreTrainedModel | PeftModel, Any]:
     """Load a model and its processor (a tokenizer where the model reads text only).
 
@@ -69,8 +72,10 @@ def load_model(
         device: where to put it; None = the accelerator if there is one, else the CPU.
         attn_implementation: passed to `from_pretrained`, e.g. "sdpa" or "eager".
         base: the base model of an adapter, where it is no longer where the adapter says.
+        load_in_4bit: linear layers in 4 bits (bitsandbytes' nf4), computing in `dtype`, as QLoRA does.
 
-    Raises ValueError for a dtype that is not one, a folder without a model, an adapter whose base is missing.
+    Raises ValueError for a dtype that is not one, a folder without a model, an adapter whose base is missing, 4 bits
+    without CUDA or bitsandbytes.
     """
     path = resolve_model(name_or_path)
     if (Path(path) / ADAPTER_CONFIG).is_file():
@@ -88,9 +93,22 @@ def load_model(
         raise ValueError(f"the model {path!r} is no folder here, and the hub does not give it: {error}") from error
     sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     auto_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    model = auto_class.from_pretrained(path, dtype=parse_dtype(dtype), attn_implementation=attn_implementation)
-    moved: Any = model.to(target)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"dtype": parse_dtype(dtype), "attn_implementation": attn_implementation}
+    if load_in_4bit:
+        options |= {"quantization_config": _four_bits(target, options["dtype"]), "device_map": {"": target}}
+    model = auto_class.from_pretrained(path, **options)
+    moved: Any = model if load_in_4bit else model.to(target)  # type: ignore[arg-type]
     return moved.eval(), AutoProcessor.from_pretrained(path)
+
+
+def _four_bits(device: torch.device, dtype: str | torch.dtype) -> BitsAndBytesConfig:
+    if device.type != "cuda" or not is_bitsandbytes_available():
+        raise ValueError(
+            f"load_in_4bit needs a CUDA device and the package bitsandbytes; here are {device} and "
+            f"{'bitsandbytes' if is_bitsandbytes_available() else 'no bitsandbytes'}: turn it off"
+        )
+    compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
@@ -157,15 +175,18 @@ class HeadParams:
 
     def logps(self, hidden: Tensor, targets: Tensor, backend: str = "auto") -> Tensor:
         """(N, H), (N,) -> (N,) fp32 log-probabilities of the targets; differentiable."""
-        return linear_logps(
-            hidden.to(self.weight.dtype),
-            self.weight,
-            targets,
-            bias=self.bias,
-            logit_scale=self.logit_scale,
-            softcap=self.softcap,
-            backend=backend,
-        )
+        return linear_logps(hidden.to(self.weight.dtype), self.weight, targets, backend=backend, **self._options)
+
+    def logps_pair(
+        self, hidden: Tensor, ref_hidden: Tensor, targets: Tensor, backend: str = "auto"
+    ) -> tuple[Tensor, Tensor]:
+        """The same for a policy, and for a reference before the same head in the same pass: (N,) and (N,)."""
+        states = hidden.to(self.weight.dtype), ref_hidden.to(self.weight.dtype)
+        return linear_logps_pair(*states, self.weight, targets, backend=backend, **self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
 
 
 def output_head(model: nn.Module) -> HeadParams:

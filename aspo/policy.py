@@ -12,8 +12,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import is_liger_kernel_available
 
 from aspo.config import AspoConfig
+from aspo.model import base_model
 
 MERGE = (
     "merge it into its base first: "
@@ -56,6 +58,7 @@ def add_lora(model: Any, args: AspoConfig) -> PeftModel:
         r=args.lora_r or 0,
         lora_alpha=args.lora_alpha or 0,
         lora_dropout=args.lora_dropout or 0.0,
+        use_dora=bool(args.use_dora),
         target_modules=lora_targets(model, args.lora_target_modules),
         task_type="CAUSAL_LM",
     )
@@ -82,6 +85,21 @@ def lora_targets(model: Any, names: Sequence[str] | None = None) -> str:
             f"{', '.join(sorted(linear))} (the output head cannot be adapted)"
         )
     return rf"{re.escape(prefix)}\.(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(names or linear)))})"
+
+
+def check_liger(model: nn.Module) -> None:
+    """Raise where Liger's kernels would be left out without a word: no such package, model type or device."""
+    outer: Any = base_model(model)
+    if not is_liger_kernel_available():
+        raise ValueError("use_liger_kernel is on, but liger-kernel is not installed: pip install liger-kernel")
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if outer.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ValueError(
+            f"Liger has no kernels for models of type {outer.config.model_type!r}: turn use_liger_kernel off"
+        )
+    if outer.device.type == "cpu":
+        raise ValueError("use_liger_kernel is on, but Liger's kernels need a GPU and the model is on the CPU")
 
 
 def disable_dropout(model: nn.Module) -> None:

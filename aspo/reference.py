@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from aspo.config import AspoConfig
-from aspo.data import load_rows, validate_rows
+from aspo.data import Collator, load_rows, validate_rows
 from aspo.folder import row_name
 from aspo.logp_cache import SHARDS, ReferenceCache, check_logps, split_by_row
 from aspo.model import load_model, parse_dtype, response_logps
@@ -122,7 +123,8 @@ def _fill_shard(
     cache: ReferenceCache, rows: Mapping[bytes, Row], logps_fn: LogpsFn, progress: Callable[[int], None] | None
 ) -> int:
     """Compute and write some rows; returns their tokens."""
-    ordered = sorted(rows, key=lambda key: len(str(rows[key]["prompt"])) + len(str(rows[key]["chosen"])))
+    columns = ("prompt", *cache.settings["responses"])
+    ordered = sorted(rows, key=lambda key: sum(len(str(rows[key][column])) for column in columns))
     entries: dict[bytes, list[Tensor]] = {}
     for key, values in zip(ordered, logps_fn([rows[key] for key in ordered]), strict=True):
         entries[key] = named(rows[key], check_logps, values)
@@ -190,6 +192,40 @@ def _stale(cache: ReferenceCache, what: str) -> ValueError:
         f"{what}. The reference cache {cache.folder} (made with {cache.made_with}) is not what this model computes: "
         "delete the folder and run `aspo reference` again, or turn precompute_ref_log_probs off"
     )
+
+
+def cached_reference(
+    folder: str,
+    model: nn.Module,
+    collator: Collator,
+    datasets: Sequence[Sequence[Row]],
+    autocast: torch.dtype | None = None,
+    batch_size: int = 8,
+) -> ReferenceCache:
+    """A cache in `folder` with the log-probabilities of all rows: a sample checked, what it lacked computed.
+
+    model: the reference; of a LoRA model its adapter is off. collator: whose responses and max_length count.
+    Raises ValueError for rows that come as a stream, a cache of other settings, and one that fails `check`.
+    """
+    settings = reference_settings(
+        model, collator.processor, max_length=collator.max_length, autocast=autocast, responses=collator.responses
+    )
+    cache = ReferenceCache.create(folder, settings)
+    options = {"max_length": collator.max_length, "splitter": collator.splitter, "responses": collator.responses}
+    logps_fn = model_logps(model, collator.processor, autocast=autocast, batch_size=batch_size, **options)
+    for rows in datasets:
+        if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+            raise ValueError(
+                f"{type(rows).__name__} is a stream, but precompute_ref_log_probs needs every row before training: "
+                "load the rows (aspo.data.load_rows), or turn it off"
+            )
+        check(cache, rows, logps_fn)
+        missing = cache.missing(rows)
+        if missing:
+            with progress_bar() as bar:
+                task = bar.add_task("reference", total=len(missing))
+                fill(cache, [rows[i] for i in missing], logps_fn, progress=functools.partial(bar.advance, task))
+    return cache
 
 
 # ---- the command ----
@@ -272,7 +308,7 @@ def _summary(cache: ReferenceCache, everyone: Sequence[Filled], checked: Checked
     rows, computed, tokens = (sum(column) for column in zip(*everyone, strict=True))
     files = [path.stat().st_size for path in cache.folder.glob(SHARDS)]
     lines = [
-        f"{computed} of {rows} rows computed, the others were there"
+        f"{rows} rows: {computed} computed, {rows - computed} were there"
         + (f": {tokens} response tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s" if computed else ""),
         f"{cache.folder}: {len(cache)} rows, {cache.num_tokens} tokens, {sum(files) / 2**20:.2f} MiB on disk in "
         f"{len(files)} shards",

@@ -38,8 +38,15 @@ USAGE = "aspo train [--config FILE] --model_name_or_path MODEL --train_data ROWS
 EPILOG = "All options of transformers' TrainingArguments are taken too (--help-all lists them)."
 CHECKPOINTING = "activation_checkpointing"  # gradient_checkpointing in older transformers
 GROUPS = {  # the options that --help shows, in this order; the others are in --help-all
-    "model": ("model_name_or_path", "dtype", "attn_implementation", "freeze_vision", "disable_dropout"),
+    "model": (
+        *("model_name_or_path", "dtype", "attn_implementation", "load_in_4bit", "freeze_vision", "disable_dropout"),
+        "use_liger_kernel",
+    ),
     "data": ("train_data", "eval_data", "max_length"),
+    "step": (
+        *("shared_prefix", "prefix_attention", "padding_free", "token_budget", "vision_cache"),
+        *("precompute_ref_log_probs", "reference_cache", "kernel_backend"),
+    ),
     "objective": ("loss_type", "loss_weights", *OBJECTIVE_OPTIONS, "objective_kwargs", "plugins"),
     "LoRA": ("use_lora", *LORA_DEFAULTS),
     "training": (
@@ -194,7 +201,10 @@ def train(config: AspoConfig) -> None:
         print(f"{config.output_dir} is finished; choose another --output_dir to train again", file=sys.stderr)
         return
     model, processor = load_model(
-        config.model_name_or_path or "", config.weights_dtype(), attn_implementation=config.attn_implementation
+        config.model_name_or_path or "",
+        config.weights_dtype(),
+        attn_implementation=config.attn_implementation,
+        load_in_4bit=config.load_in_4bit,
     )
     trainer = AspoTrainer(model, config, rows, eval_rows, processor)
     sizes = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]

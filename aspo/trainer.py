@@ -5,7 +5,7 @@ Axes: B pairs, R = 2B rows of a batch, T padded length, H hidden size, N counted
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,22 +14,33 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerState, set_seed
+from transformers import TrainerCallback, TrainerState, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from aspo.config import AspoConfig
 from aspo.data import Collator
+from aspo.exact import settle_sharing
+from aspo.forward import PairForward, tree_inputs
 from aspo.meters import Meters, record
-from aspo.model import base_model, check_head, inference, load_model, output_head, trunk_hidden
-from aspo.policy import MERGE, disable_dropout, load_weights, policy_and_reference
+from aspo.model import base_model, check_head, inference, load_model, output_head
+from aspo.packing import TokenBatches
+from aspo.policy import MERGE, check_liger, disable_dropout, load_weights, policy_and_reference
+from aspo.reference import cached_reference
 from aspo.resume import SaveHistory, last_checkpoint
-from aspo_kernels import gather_hidden, objectives
+from aspo.vision import VisionFeatures
+from aspo_kernels import objectives
 
 START_TOLERANCE = 0.02  # of the loss where policy = reference; rounding is far below, a wrong reference far above
+ROWS_TO_CHECK = 2  # of the data, that show whether sharing is exact
 FALLING_WINDOWS = 3  # logging windows in a row with both rewards negative and falling before the warning
 
 
-class AspoTrainer(Trainer):
+def _each(dataset: Any) -> list[Any]:
+    """The data sets of an eval_dataset, which may be several by name."""
+    return list(dataset.values()) if isinstance(dataset, dict) else [dataset]
+
+
+class AspoTrainer(TokenBatches):
     """Preference training of a (vision-)language model; the objective, LoRA and the rest come from `args`.
 
     Args:
@@ -64,7 +75,9 @@ class AspoTrainer(Trainer):
         if not isinstance(args, AspoConfig):
             raise ValueError(f"args is a {type(args).__name__}; AspoTrainer takes an AspoConfig")
         if isinstance(model, str):
-            model, processor = load_model(model, args.weights_dtype(), attn_implementation=args.attn_implementation)
+            options: dict[str, Any] = {"load_in_4bit": args.load_in_4bit}
+            options["attn_implementation"] = args.attn_implementation
+            model, processor = load_model(model, args.weights_dtype(), **options)
             processing_class = processing_class or processor
         if processing_class is None and data_collator is None:
             raise ValueError("processing_class is missing: pass the model's processor (or tokenizer)")
@@ -73,14 +86,17 @@ class AspoTrainer(Trainer):
         self.objective: objectives.Objective = args.objective()
         self.objective_options = args.objective_options()
         self._needs_similarity = "aspo" in args.loss_type and self.objective_options["alpha"] > 0
-        for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,))):
+        for dataset in (train_dataset, *_each(eval_dataset)):
             if hasattr(dataset, "__getitem__") and len(dataset):  # a stream is checked as it comes
                 self._require_similarity(dataset[0].get("chosen_similarity"))
 
         self._starts_at_reference = ref_model is None and not isinstance(model, PeftModel)
         set_seed(args.seed)  # the adapter's random start
-        model, self.ref_model = policy_and_reference(model, args, ref_model, self.objective.needs_reference)
+        needs_copy = self.objective.needs_reference and not args.precompute_ref_log_probs
+        model, self.ref_model = policy_and_reference(model, args, ref_model, needs_copy)
         output_head(model)  # refuses an adapter on the head before anything runs
+        if args.use_liger_kernel:
+            check_liger(model)
         if args.disable_dropout:
             disable_dropout(model)
         if self.ref_model is not None:
@@ -103,6 +119,30 @@ class AspoTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # before loss_is_scaled_for_ga, Trainer asked this
         if self.ref_model is not None:
             self.ref_model.to(args.device)
+        folder = os.path.join(str(args.output_dir), "vision_cache") if args.vision_cache == "disk" else None
+        self.vision = VisionFeatures([self.model, self.ref_model], args.vision_cache, folder)
+        datasets = [d for d in (train_dataset, *_each(eval_dataset)) if d is not None]
+        self.route = "mask"
+        if data_collator is None and datasets:
+            first = list(itertools.islice(datasets[0], ROWS_TO_CHECK))
+            self.route = settle_sharing(self.model, self.data_collator, first, args, self._autocast_dtype)
+        if args.precompute_ref_log_probs and self.objective.needs_reference:
+            self._precompute_reference(datasets)
+
+    @property
+    def _autocast_dtype(self) -> torch.dtype | None:
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.accelerator.mixed_precision))
+
+    def _precompute_reference(self, datasets: Sequence[Any]) -> None:
+        """Fill the cache with what it lacks of all rows, check a sample, and let go of a reference of its own."""
+        if not isinstance(self.data_collator, Collator):
+            raise ValueError("precompute_ref_log_probs needs aspo.data.Collator: leave data_collator out")
+        folder = self.args.reference_cache or os.path.join(str(self.args.output_dir), "reference")
+        reference = self.model if self.ref_model is None else self.ref_model
+        self.data_collator.reference = cached_reference(
+            folder, reference, self.data_collator, datasets, self._autocast_dtype, self.args.per_device_eval_batch_size
+        )
+        self.ref_model = None
 
     # ---- the loss ----
 
@@ -115,25 +155,18 @@ class AspoTrainer(Trainer):
 
     def pair_losses(self, inputs: Mapping[str, Any]) -> tuple[objectives.Inputs, objectives.Result]:
         """The objective of a collated batch: what it read, and its losses (B,) with statistics."""
-        layout = inputs["layout"].to(self.args.device)
+        inputs = {**inputs, "layout": inputs["layout"].to(self.args.device)}
         self._require_similarity(inputs["similarity"])
-        with self.accelerator.autocast():
-            ref_logps = self._logps(inputs, layout, reference=True) if self.objective.needs_reference else None
-            logps = self._logps(inputs, layout, reference=False)
-        objective_inputs = objectives.Inputs(layout, logps, ref_logps, inputs["similarity"], self.args.kernel_backend)
-        return objective_inputs, self.objective(objective_inputs, **self.objective_options)
-
-    def _logps(self, inputs: Mapping[str, Any], layout: Any, reference: bool) -> Tensor:
-        """(N,) log-probabilities of the counted tokens under the policy or its reference."""
         policy = self.accelerator.unwrap_model(self.model)
-        model: Any = self.ref_model if reference and self.ref_model is not None else policy
-        with contextlib.ExitStack() as stack:
-            if reference:
-                stack.enter_context(inference(model))
-                if self.ref_model is None:
-                    stack.enter_context(model.disable_adapter())
-            hidden = gather_hidden(trunk_hidden(model, inputs["model_inputs"]), layout)
-            return output_head(model).logps(hidden, layout.targets, self.args.kernel_backend)
+        forward = PairForward(
+            policy, self.ref_model, self.route, self.objective.difference_only, self.args.kernel_backend, self.vision
+        )
+        with self.accelerator.autocast():
+            logps, ref_logps = forward.logps(inputs, self.objective.needs_reference)
+        objective_inputs = objectives.Inputs(
+            inputs["layout"], logps, ref_logps, inputs["similarity"], self.args.kernel_backend
+        )
+        return objective_inputs, self.objective(objective_inputs, **self.objective_options)
 
     def compute_loss(
         self,
@@ -164,7 +197,9 @@ class AspoTrainer(Trainer):
     def _check_head(self, inputs: Mapping[str, Any]) -> None:
         policy = self.accelerator.unwrap_model(self.model)
         with inference(policy), self.accelerator.autocast():
-            check_head(policy, inputs["model_inputs"])
+            tree = inputs.get("tree")
+            own = inputs["model_inputs"]
+            check_head(policy, own if tree is None else tree_inputs(policy, own, tree, self.route))
         self._head_checked = True
 
     def _check_start(self, inputs: objectives.Inputs, result: objectives.Result) -> None:

@@ -122,7 +122,7 @@ def test_logits_are_never_built_but_to_check_the_head(make):
     head = trainer.model.get_base_model().lm_head
     head.register_forward_hook(lambda _module, _inputs, out: shapes.append(tuple(out.shape)))
     trainer.train()
-    assert shapes == [(4, 1, head.out_features)]  # once, the last position of 2 pairs
+    assert shapes == [(2, 1, head.out_features)]  # once, the last position of 2 pairs that share their prefix
 
 
 @pytest.mark.parametrize(
@@ -401,13 +401,19 @@ def test_rows_without_similarity(make):
         ({"max_length": 0}, "max_length is 0"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"torch_compile": True}, "torch_compile=True is not supported"),
-        ({"use_liger_kernel": True}, "use_liger_kernel"),
+        ({"shared_prefix": "yes"}, "shared_prefix is 'yes'; choose one of auto, on, off"),
+        ({"vision_cache": "ram"}, "vision_cache is 'ram'; choose one of none, step, disk"),
+        ({"prefix_attention": "flash"}, "prefix_attention is 'flash'"),
+        ({"token_budget": 0}, "token_budget is 0; it must be positive"),
+        ({"reference_cache": "somewhere"}, "reference_cache is given, but precompute_ref_log_probs is off"),
+        ({"load_in_4bit": True, "use_lora": False}, "load_in_4bit keeps the weights frozen"),
+        ({"use_dora": True, "use_lora": False}, "use_dora given, but use_lora is off"),
         ({"label_smoothing_factor": 0.1}, "use label_smoothing"),
         ({"objective_kwargs": {"beta": 1}}, "an option of its own: --beta"),
         ({"beta": -1.0}, "beta is -1.0; it must be positive"),
         ({"normalizer": "tokens"}, "normalizer is 'tokens'; choose one of"),
         ({"plugins": ["nowhere.py"]}, "nowhere.py is not there"),
-        ({"train_sampling_strategy": "group_by_length"}, "group_by_length is not supported"),
+        ({"train_sampling_strategy": "group_by_length", "token_budget": 99}, "token_budget groups rows by itself"),
         ({"plugins": ["nowhere"]}, "plugin 'nowhere' cannot be imported"),
         ({"dtype": "int4"}, "int4"),
         ({"kernel_backend": "cuda"}, "kernel_backend is 'cuda'; choose one of auto, torch"),

@@ -1,0 +1,140 @@
+"""Whether shared and packed batches are exact for a model: measured on its first rows, not assumed.
+
+Axes: R rows and T columns of the grid, N counted tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aspo.attention import routes_to_try, set_text_attention, with_route
+from aspo.config import AspoConfig
+from aspo.data import Collator, Row
+from aspo.forward import batch_to, counted_logps, counted_rows, tree_inputs
+from aspo.model import inference, output_head, trunk_hidden
+from aspo_kernels import SentenceLayout
+
+logger = logging.getLogger(__name__)
+
+NOISE_FACTOR = 4  # a shared forward may differ from a plain one by this many times what one more pad token changes
+
+
+def settle_sharing(
+    model: nn.Module,
+    collator: Collator,
+    rows: Sequence[Row],
+    args: AspoConfig,
+    autocast: torch.dtype | None = None,
+) -> str:
+    """Set a collator's shared_prefix and padding_free as `args` say and the model can; returns the attention's route.
+
+    `shared_prefix: auto` falls back to plain rows, saying why. Raises ValueError where something that was asked for is
+    not exact for the model.
+    """
+    collator.padding_free = args.padding_free
+    if args.shared_prefix == "off" and not args.padding_free:
+        if args.prefix_attention != "auto":
+            raise ValueError(
+                f"prefix_attention is {args.prefix_attention!r}, but shared_prefix and padding_free are off: drop it"
+            )
+        return "mask"
+    routes = routes_to_try(model, args.prefix_attention, dtype=autocast, longest=args.max_length)
+    own = with_route(model, routes[0])
+    reasons: list[str] = []
+    for shared in [True] * (args.shared_prefix != "off") + [False] * (args.shared_prefix != "on"):
+        collator.shared_prefix = shared
+        if not shared and not args.padding_free:
+            set_text_attention(model, own)
+            logger.warning("shared_prefix: off, because %s", "; ".join(reasons))
+            return "mask"
+        for route in routes:
+            with_route(model, route)
+            with torch.autocast(output_head(model).weight.device.type, autocast, enabled=autocast is not None):
+                reason = check_tree(model, collator, rows, route)
+            if reason is None:
+                return route
+            reasons.append(f"{'shared' if shared else 'packed'} rows by {route} attention: {reason}")
+    option = "shared_prefix on" if args.shared_prefix == "on" else "padding_free"
+    raise ValueError(f"{option} is not exact for this model; turn it off. {'; '.join(reasons)}")
+
+
+def check_tree(model: nn.Module, collator: Collator, rows: Sequence[Row], route: str) -> str | None:
+    """Why a collator's shared or packed batches are not exact for this model; None where they are.
+
+    On `rows`, without gradients and without dropout:
+    - log-probabilities agree with plain rows within NOISE_FACTOR times what one more pad token changes there (and at
+      least one rounding step of the largest one);
+    - other chosen tokens do not move the rejected response, nor another row.
+    """
+    plain = Collator(collator.processor, collator.max_length, collator.splitter, collator.responses)
+    device = output_head(model).weight.device
+    with inference(model):
+        batch, expected_batch = batch_to(collator(rows), device), batch_to(plain(rows), device)
+        if batch["tree"].is_plain:
+            return None
+        expected = _logps(model, expected_batch, route)
+        noise = (_logps(model, _one_more_pad(expected_batch), route) - expected).abs().max()
+        try:
+            logps = _logps(model, batch, route)
+            moved = _logps(model, _other_chosen(batch), route)
+        except (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError) as error:
+            return f"the model cannot run it ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    rounding = torch.finfo(output_head(model).weight.dtype).eps * expected.abs().max()
+    tolerance = NOISE_FACTOR * torch.maximum(noise, rounding)
+    reasons = []
+    difference = (logps - expected).abs().max()
+    if not difference <= tolerance:
+        reasons.append(
+            f"its log-probabilities differ by {float(difference):.2g} nats from those of plain rows, where one more "
+            f"pad token makes {float(noise):.2g} (linear-attention or state-space layers, image attention that "
+            "sees the prefix's end, or absolute positions do this)"
+        )
+    leak = (moved - logps).abs()[~_of_first_chosen(batch["layout"])].max()
+    if not leak <= tolerance:
+        reasons.append(f"other chosen tokens move the log-probabilities of other responses by {float(leak):.2g} nats")
+    return "; ".join(reasons) or None
+
+
+def _logps(model: nn.Module, batch: Mapping[str, Any], route: str) -> Tensor:
+    """(N,) log-probabilities of a batch on the model's device."""
+    inputs = tree_inputs(model, batch["model_inputs"], batch["tree"], route)
+    rows = counted_rows(trunk_hidden(model, inputs), batch["layout"])
+    return counted_logps(output_head(model), rows, None, batch["layout"])[0]
+
+
+def _one_more_pad(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain batch with one more pad token behind every row."""
+    inputs, layout = batch["model_inputs"], batch["layout"]
+    rows, width = batch["tree"].shape
+    grid = {name: nn.functional.pad(x, (0, 1)) for name, x in inputs.items() if x.shape == (rows, width)}
+    index = layout.hidden_index + layout.hidden_index // width
+    wider = dataclasses.replace(batch["tree"], shape=(rows, width + 1))
+    layout = SentenceLayout(
+        layout.targets, index, layout.sentence_offsets, layout.response_offsets, layout.group, layout.role
+    )
+    return {**batch, "model_inputs": {**inputs, **grid}, "tree": wider, "layout": layout}
+
+
+def _other_chosen(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with other tokens in the first item's first branch."""
+    first = batch["tree"].items[0]
+    ids = batch["model_inputs"]["input_ids"].clone()
+    columns = slice(first.branch_start(0), first.branch_start(0) + first.branches[0])
+    ids[first.row, columns] = ids[first.row, columns].flip(0).roll(1)
+    return {**batch, "model_inputs": {**batch["model_inputs"], "input_ids": ids}}
+
+
+def _of_first_chosen(layout: SentenceLayout) -> Tensor:
+    """(N,) bool, the tokens of item 0's chosen response."""
+    which = torch.nonzero((layout.role == 0) & (layout.group == 0)).flatten()
+    offsets = layout.response_token_offsets
+    mask = torch.zeros_like(layout.targets, dtype=torch.bool)
+    for response in which.tolist():
+        mask[offsets[response] : offsets[response + 1]] = True
+    return mask

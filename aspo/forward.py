@@ -1,0 +1,186 @@
+"""One forward of a batch whose items share prefixes or rows: positions, who sees whom, log-probabilities.
+
+A model runs such a batch as it runs any other; what is added is its `position_ids` and its attention
+(`aspo.attention`). That this is what the model would have computed row by row is never assumed: `aspo.exact` compares.
+Axes: R rows and T columns of the grid, H hidden size, N counted tokens, U of them that differ (`grid.Distinct`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aspo.attention import tree_attention_inputs
+from aspo.grid import Distinct
+from aspo.model import HeadParams, base_model, inference, output_head, trunk_hidden
+from aspo.tree import TokenTree
+from aspo.vision import VisionFeatures
+from aspo_kernels import SentenceLayout, gather_hidden
+
+ONE_BASED = {"paligemma"}  # model types that number a sequence's positions from 1
+
+
+@dataclass
+class PairForward:
+    """Runs batches of `aspo.data.Collator` through a policy and its reference.
+
+    policy: the model that trains, a PeftModel where ref_model is None (the reference is then the model without it).
+    route: how attention is told who sees whom, see `aspo.attention.choose_attention`.
+    skip_common: leave out the gradient of tokens with which both responses of a pair begin; right where it cancels
+        (`Objective.difference_only`). Their log-probabilities stay.
+    backend: of the loss kernels.
+    vision: what spares the vision tower an image that it has seen in this step.
+    """
+
+    policy: nn.Module
+    ref_model: nn.Module | None
+    route: str
+    skip_common: bool
+    backend: str
+    vision: VisionFeatures | None = None
+
+    def logps(self, batch: Mapping[str, Any], with_reference: bool) -> tuple[Tensor, Tensor | None]:
+        """(N,) log-probabilities of the counted tokens under the policy, and under its reference where it is wanted.
+
+        The batch's model inputs and layout are on the model's device. Cached reference log-probabilities
+        (`ref_logps`) are taken as they are.
+        """
+        layout, distinct, tree = batch["layout"], batch.get("distinct"), batch.get("tree")
+        distinct = None if distinct is None else distinct.to(layout.targets.device)
+        inputs = batch["model_inputs"]
+        inputs = inputs if tree is None else tree_inputs(self.policy, inputs, tree, self.route)
+        ref_logps = batch.get("ref_logps") if with_reference else None
+        with self.vision.step() if self.vision is not None else nullcontext():
+            ref_rows = None
+            if with_reference and ref_logps is None:
+                ref_rows = self._reference_rows(inputs, layout, distinct)
+            rows = counted_rows(trunk_hidden(self.policy, inputs), layout, distinct)
+        head = output_head(self.policy)
+        if ref_rows is not None and self.ref_model is not None:
+            with torch.no_grad():
+                of_reference = output_head(self.ref_model)
+                ref_logps, _ = counted_logps(of_reference, ref_rows, None, layout, distinct, False, self.backend)
+            ref_rows = None
+        logps, stacked = counted_logps(head, rows, ref_rows, layout, distinct, self.skip_common, self.backend)
+        return logps, stacked if ref_rows is not None else ref_logps
+
+    def _reference_rows(self, inputs: Mapping[str, Any], layout: SentenceLayout, distinct: Distinct | None) -> Tensor:
+        model: Any = self.policy if self.ref_model is None else self.ref_model
+        with inference(model), model.disable_adapter() if self.ref_model is None else nullcontext():
+            return counted_rows(trunk_hidden(model, inputs), layout, distinct)
+
+
+def counted_rows(hidden: Tensor, layout: SentenceLayout, distinct: Distinct | None = None) -> Tensor:
+    """(R, T, H) -> (N, H), or (U, H) with each prediction once: the hidden states that predict the counted tokens."""
+    if distinct is None:
+        return gather_hidden(hidden, layout)
+    return hidden.flatten(0, 1)[layout.hidden_index[distinct.first]]
+
+
+def counted_logps(
+    head: HeadParams,
+    rows: Tensor,
+    ref_rows: Tensor | None,
+    layout: SentenceLayout,
+    distinct: Distinct | None = None,
+    skip_common: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """(N,) log-probabilities from `counted_rows`, and those of a reference with the same head in the same pass.
+
+    skip_common: without gradients for predictions that count in both responses of a pair.
+    """
+
+    def compute(part: slice) -> tuple[Tensor, Tensor | None]:
+        if ref_rows is None:
+            return head.logps(rows[part], targets[part], backend), None
+        return head.logps_pair(rows[part], ref_rows[part], targets[part], backend)
+
+    if distinct is None:
+        targets = layout.targets
+        return compute(slice(None))
+    targets = layout.targets[distinct.first]
+    if not (skip_common and distinct.in_pair):
+        logps, ref_logps = compute(slice(None))
+    else:
+        with torch.no_grad():
+            logps, ref_logps = compute(slice(distinct.in_pair))
+        others, ref_others = compute(slice(distinct.in_pair, None))
+        logps = torch.cat([logps, others])
+        ref_logps = None if ref_logps is None or ref_others is None else torch.cat([ref_logps, ref_others])
+    return logps[distinct.inverse], None if ref_logps is None else ref_logps[distinct.inverse]
+
+
+def tree_inputs(model: nn.Module, model_inputs: Mapping[str, Any], tree: TokenTree, route: str) -> dict[str, Any]:
+    """Model inputs with positions and attention for a tree; a plain one's are left as they are.
+
+    route: how attention is told who sees whom, see `aspo.attention.choose_attention`.
+    """
+    if tree.is_plain:
+        return dict(model_inputs)
+    outer = base_model(model)
+    positions = tree_positions(outer, model_inputs, tree)
+    blocks = bidirectional_blocks(outer, model_inputs, tree)
+    device = model_inputs["input_ids"].device
+    attention = tree_attention_inputs(outer, tree, device, route, blocks)
+    return {**model_inputs, "position_ids": positions.to(device), **attention}
+
+
+def tree_positions(model: Any, model_inputs: Mapping[str, Any], tree: TokenTree) -> Tensor:
+    """(R, T) positions, or (3, R, T) where the model has multimodal ones; every branch goes on from its prefix's end.
+
+    The multimodal positions of the prefixes are the model's own (`get_rope_index`); branches are text.
+    """
+    trunk = model.base_model
+    if not hasattr(trunk, "get_rope_index"):
+        return tree.positions + (model.config.model_type in ONE_BASED)
+    width = max(item.prefix for item in tree.items)
+    per_token = ("input_ids", "attention_mask", "mm_token_type_ids")
+    prefixes = {
+        name: torch.stack(
+            [
+                nn.functional.pad(value[item.row, item.start : item.start + item.prefix], (0, width - item.prefix))
+                for item in tree.items
+            ]
+        )
+        for name, value in model_inputs.items()
+        if name in per_token
+    }
+    grids = {name: value for name, value in model_inputs.items() if name.endswith("_grid_thw")}
+    of_prefixes, _ = trunk.get_rope_index(**prefixes, **grids)
+    positions = of_prefixes.new_zeros(3, *tree.shape)
+    for index, branch, row, columns in tree.segments():
+        of_prefix = of_prefixes[:, index, : tree.items[index].prefix]
+        if branch == 0:
+            positions[:, row, columns] = of_prefix
+        else:
+            length = columns.stop - columns.start
+            positions[:, row, columns] = of_prefix.max() + 1 + torch.arange(length, device=positions.device)
+    return positions
+
+
+def bidirectional_blocks(model: Any, model_inputs: Mapping[str, Any], tree: TokenTree) -> Tensor | None:
+    """(R, T) ids of blocks whose tokens all see each other, -1 = causal; None where the model has no such blocks.
+
+    Gemma-3: the tokens of one image. PaliGemma: the whole prompt.
+    """
+    kind, types = model.config.model_type, model_inputs.get("token_type_ids")
+    if types is None or kind not in ("gemma3", "paligemma"):
+        return None
+    if kind == "paligemma":
+        in_prompt = (types == 0) & (model_inputs["attention_mask"] == 1)
+        return torch.where(in_prompt, tree.item_ids.to(types.device), -1)
+    image = types == 1
+    starts = image & ~nn.functional.pad(image, (1, 0))[:, :-1]
+    return torch.where(image, starts.flatten().cumsum(0).view_as(types) - 1, -1)
+
+
+def batch_to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A collated batch's model inputs and layout on a device; the rest as it is."""
+    inputs = {name: value.to(device) for name, value in batch["model_inputs"].items()}
+    return {**batch, "model_inputs": inputs, "layout": batch["layout"].to(device)}
