@@ -66,31 +66,29 @@ class PromptLength:
 
     A processor that can say how many tokens an image becomes (`_get_num_multimodal_tokens`) is asked. Its answer counts
     the marks around an image or not, family by family, and is wrong for some (LLaVA-OneVision with several images): it
-    is held against real processing of blank images in three shapes, for each number of images a row, and used where
+    is held against real processing of blank images in three shapes, for each number of images, and used where
     the difference is the same for all three. Otherwise the processor runs on blank images of the row's sizes, once for
     each combination of sizes. Exact unless the tokenizer merges a prompt's text with that around an image.
     """
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
-        self._offsets: dict[int, int | None] = {}  # images a row -> tokens beside the processor's own count
-        self._measured: dict[tuple[Size, ...], int] = {}
+        self._offsets: dict[int, int | None] = {}  # number of images -> tokens beside the processor's own count
+        self._known: dict[tuple[Size, ...], int] = {}
 
     def __call__(self, prompt: Prompt, sizes: Sequence[Size]) -> int:
         """Tokens of `prompt` with images of these sizes."""
         return self._text_tokens(prompt) + self.image_tokens(sizes)
 
     def image_tokens(self, sizes: Sequence[Size]) -> int:
-        """Tokens that a row's images, and whatever else the processor writes, add to the prompt's plain text."""
+        """Tokens that a prompt's images, and whatever else the processor writes, add to the prompt's plain text."""
         sizes = tuple(sizes)
-        if len(sizes) not in self._offsets:
-            self._offsets[len(sizes)] = self._offset(len(sizes))
-        offset = self._offsets[len(sizes)]
-        if offset is not None:
-            return offset + (self._told(sizes) or 0)
-        if sizes not in self._measured:
-            self._measured[sizes] = self._measure(sizes)
-        return self._measured[sizes]
+        if sizes not in self._known:
+            if len(sizes) not in self._offsets:
+                self._offsets[len(sizes)] = self._offset(len(sizes))
+            offset = self._offsets[len(sizes)]
+            self._known[sizes] = self._measure(sizes) if offset is None else offset + (self._told(sizes) or 0)
+        return self._known[sizes]
 
     def _text_tokens(self, prompt: Prompt) -> int:
         tokenizer = tokenizer_of(self.processor)
