@@ -116,8 +116,7 @@ class VisionFeatures:
         if any(tensor.requires_grad for tensor in call.tensors) or _has_dropout(tower):
             return original(*args, **kwargs)
         if is_frozen(tower):
-            # Not under inference_mode: a projector that trains could not save such features for its backward.
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.no_grad():
                 return self._frozen_forward(tower, original, call)
         entries = self._entries(f"trains-{id(tower)}", original, call, {}, None)
         return original(*args, **kwargs) if entries is None else _join(entries)
@@ -226,7 +225,11 @@ def _has_dropout(tower: nn.Module) -> bool:
 
 
 def _join(entries: list[Entry]) -> Any:
-    """A tower's output from the outputs of its entries; a new object with new tensors, since models write into it."""
+    """A tower's output from the outputs of its entries.
+
+    A new object, since models write into it, with new tensors: those of a call under inference_mode could not be saved
+    for a projector's backward.
+    """
     columns = zip(*(leaves for leaves, _ in entries), strict=True)
     leaves = [None if any(part is None for part in parts) else _joined(parts) for parts in columns]
     return pytree.tree_unflatten(leaves, entries[0][1])
