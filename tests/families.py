@@ -32,7 +32,6 @@ class Family:
     build: Callable[[], tuple[Any, Any]]
     text_rows: bool = True  # rows without an image
     several_images: bool = True  # rows with more than one
-    layers: str = "language_model"  # a part of the names of the modules that LoRA adapts
 
 
 def tokenizer(tokens: tuple[str, ...], layout: str = "$A", **named: str) -> PreTrainedTokenizerFast:
@@ -279,4 +278,14 @@ def unequal_rows(n: int = 3) -> list[dict[str, Any]]:
     for i, (row, colour) in enumerate(zip(rows, list(COLOURS) * n, strict=False)):
         row["prompt"] = PROMPT + " And the shape?" * (i % 3)
         row["images"] = [tiny_image(colour).resize([(40, 40), (90, 40), (40, 70)][i % 3])]
+    return rows
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """All kinds of rows that a family can have, for one batch: images of several sizes, no image, two images."""
+    rows = unequal_rows(4)
+    if FAMILIES[name].text_rows:
+        del rows[1]["images"]
+    if FAMILIES[name].several_images:
+        rows[3]["images"] = [tiny_image("blue"), tiny_image("green").resize((70, 40))]
     return rows

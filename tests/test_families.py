@@ -1,49 +1,25 @@
-"""Every real model family: our log-probabilities are the model's own, nothing leaks, the right modules are trained."""
+"""Every real model family: log-probabilities are the model's own, in plain, shared and packed rows; nothing leaks."""
 
 import aspo  # noqa: F401  first: it makes torchvision importable on a CPU torch
 
 # isort: split
-import gc
-import math
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch
-from families import FAMILIES, family, unequal_rows
-from peft import LoraConfig, get_peft_model
+from families import FAMILIES, family, rows_of, unequal_rows
+from families_table import COLUMNS, written
 from tiny import tiny_image
-from torch import nn
 
-from aspo.config import AspoConfig
+from aspo.attention import routes_to_try, with_route
 from aspo.data import Collator, encode_prompt, encode_response
+from aspo.exact import check_tree
+from aspo.forward import tree_inputs
 from aspo.model import check_head, generate, load_model, output_head, response_logps, trunk_hidden
-from aspo.policy import lora_targets, vision_tower
-from aspo.trainer import AspoTrainer
 from aspo_kernels import gather_hidden
 
 EXACT = {"rtol": 1e-5, "atol": 2e-5}  # fp32; log-probabilities are about -6, and reach -10
 every_family = pytest.mark.parametrize("name", FAMILIES)
-QUICK = ("LLaVA-1.5", "InstructBLIP", "Qwen2.5-VL")
-every_way = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen_modules() -> Iterator[None]:
-    """Trainer collects garbage after a run, which takes longer than the run with all imported modules in sight."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-def rows_of(name):
-    """All kinds of rows that a family can have in one batch: image sizes differ, no image, several images."""
-    rows = unequal_rows(4)
-    if FAMILIES[name].text_rows:
-        del rows[1]["images"]
-    if FAMILIES[name].several_images:
-        rows[3]["images"] = [tiny_image("blue"), tiny_image("green").resize((70, 40))]
-    return rows
 
 
 def own_logps(model, processor, row, column):
@@ -72,11 +48,22 @@ def all_own_logps(model, processor, rows):
     return torch.cat([own_logps(model, processor, row, column) for column in ("chosen", "rejected") for row in rows])
 
 
-def our_logps(model, batch, model_inputs=None):
-    """(N,) log-probabilities of a collated batch."""
+def our_logps(model, batch, route="mask", **other_inputs):
+    """(N,) log-probabilities of a collated batch, with other model inputs in place of its own."""
+    with_route(model, route)
+    inputs = tree_inputs(model, {**batch["model_inputs"], **other_inputs}, batch["tree"], route)
     with torch.no_grad():
-        hidden = gather_hidden(trunk_hidden(model, model_inputs or batch["model_inputs"]), batch["layout"])
+        hidden = gather_hidden(trunk_hidden(model, inputs), batch["layout"])
         return output_head(model).logps(hidden, batch["layout"].targets)
+
+
+def of_responses(layout, responses):
+    """(N,) bool, the tokens of these responses (numbers in the layout's order)."""
+    offsets = layout.response_token_offsets
+    mask = torch.zeros(len(layout.targets), dtype=torch.bool)
+    for r in responses:
+        mask[offsets[r] : offsets[r + 1]] = True
+    return mask
 
 
 @every_family
@@ -94,16 +81,13 @@ def test_each_image_matters(name):
     model, processor = family(name)
     rows = rows_of(name)
     (batch,) = response_logps(model, processor, rows)
-    offsets = batch.layout.response_token_offsets
     for r, row in enumerate(rows):
         for i, image in enumerate(row.get("images", [])):
             images = list(row["images"])
             images[i] = tiny_image("yellow", (0, 10, 30, 20)).resize(image.size)
             (other,) = response_logps(model, processor, [*rows[:r], {**row, "images": images}, *rows[r + 1 :]])
             moved = (other.logps - batch.logps).abs()
-            own = torch.zeros(len(moved), dtype=torch.bool)
-            for response in (r, r + len(rows)):
-                own[offsets[response] : offsets[response + 1]] = True
+            own = of_responses(batch.layout, (r, r + len(rows)))
             assert moved[own].max() > 1e-2 and moved[~own].max() < 2e-5
 
 
@@ -111,16 +95,93 @@ def test_each_image_matters(name):
 def test_no_token_sees_its_own_future(name):
     model, processor = family(name)
     batch = Collator(processor)(rows_of(name))
-    layout, inputs = batch["layout"], dict(batch["model_inputs"])
+    layout, inputs = batch["layout"], batch["model_inputs"]
     lengths = inputs["attention_mask"].sum(1)
     ids = inputs["input_ids"].clone()
     for r, length in enumerate(lengths):
         ids[r, length - 3 : length] = ids[r, length - 3 : length] % 7 + 300
-    before, after = our_logps(model, batch), our_logps(model, batch, {**inputs, "input_ids": ids})
+    before, after = our_logps(model, batch), our_logps(model, batch, input_ids=ids)
     column, row = layout.hidden_index % ids.shape[1], layout.hidden_index // ids.shape[1]
     earlier = column < lengths[row] - 3
     moved = (after - before).abs()
     assert moved[earlier].max() < 2e-5 and moved[~earlier].max() > 0.1 and earlier.sum() > 100
+
+
+SHARED = {
+    "shared": {"shared_prefix": True},
+    "packed": {"padding_free": True},
+    "both": {"shared_prefix": True, "padding_free": True},
+}
+
+
+ROUTES = pytest.mark.parametrize("route", ["mask", "segments"])
+
+
+def take(route, model):
+    """Skip, saying why, where a model cannot take a route (by itself it then takes another)."""
+    try:
+        routes_to_try(model, route, longest=200)
+    except ValueError as error:
+        pytest.skip(str(error).partition(f"{route}: ")[2])
+
+
+@every_family
+@ROUTES
+@pytest.mark.parametrize("mode", SHARED)
+def test_shared_and_packed_rows_are_exact(name, route, mode):
+    model, processor = family(name)
+    take(route, model)
+    rows = rows_of(name)
+    collator = Collator(processor, **SHARED[mode])
+    batch = collator(rows)
+    assert batch["tree"].shape[0] == (len(rows) if mode == "shared" else 1) and not batch["tree"].is_plain
+    torch.testing.assert_close(our_logps(model, batch, route), all_own_logps(model, processor, rows), **EXACT)
+    assert check_tree(model, collator, rows, route) is None
+
+
+@every_family
+@ROUTES
+def test_nothing_leaks(name, route):
+    model, processor = family(name)
+    take(route, model)
+    rows = rows_of(name)
+    collator = Collator(processor, **SHARED["both"])
+    batch, neighbours = collator(rows), collator([*unequal_rows(6)[4:], rows[2]])
+    ids, item = batch["model_inputs"]["input_ids"], batch["tree"].items[2]
+    before = our_logps(model, batch, route)
+    for branch, response in ((0, 2), (1, 2 + len(rows))):
+        columns = slice(item.branch_start(branch), item.branch_start(branch) + item.branches[branch])
+        other = ids.clone()
+        other[0, columns] = other[0, columns] % 7 + 300
+        moved = (our_logps(model, batch, route, input_ids=other) - before).abs()
+        own = of_responses(batch["layout"], [response])
+        assert moved[own].max() > 0.1 and moved[~own].max() < 2e-5
+    own, there = of_responses(batch["layout"], [2, 6]), of_responses(neighbours["layout"], [2, 5])
+    torch.testing.assert_close(our_logps(model, neighbours, route)[there], before[own], **EXACT)
+
+
+@every_family
+def test_rows_without_an_image(name):
+    _, processor = family(name)
+    bare = {**unequal_rows(1)[0], "images": []}
+    if FAMILIES[name].text_rows:
+        assert "pixel_values" not in Collator(processor)([bare])["model_inputs"]  # and rows_of has one among others
+        return
+    with pytest.raises(ValueError, match=r"row-0.*image: drop the row") as refusal:
+        Collator(processor)([*unequal_rows(2), bare])
+    pytest.skip(str(refusal.value).partition(": ")[2])
+
+
+@every_family
+def test_rows_with_several_images(name):
+    _, processor = family(name)
+    two = {**unequal_rows(1)[0], "images": [tiny_image("red"), tiny_image("blue")]}
+    if FAMILIES[name].several_images:
+        assert len(Collator(processor)([two])["image_keys"]) >= 2  # rows_of has such a row
+        return
+    with pytest.raises(ValueError, match=r"row-0.*image: drop the row") as refusal:
+        Collator(processor)([*unequal_rows(2), two])
+    pytest.skip(str(refusal.value).partition(": ")[2])
 
 
 @every_family
@@ -134,84 +195,23 @@ def test_head_and_generation(name):
 
 
 @every_family
-def test_any_attention_through_the_auto_classes(name, tmp_path):
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_loading_with_an_attention(name, attention, tmp_path):
     model, processor = family(name)
+    if attention == "sdpa" and not model.get_decoder()._supports_sdpa:
+        pytest.skip(f"transformers has no SDPA for {type(model.get_decoder()).__name__}")
     rows = rows_of(name)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    found = []
-    implementations = ("eager", "sdpa") if model.get_decoder()._supports_sdpa else ("eager",)  # Gemma-2 has no SDPA
-    for attention in implementations:
-        loaded, own_processor = load_model(tmp_path, device="cpu", attn_implementation=attention)
-        assert type(loaded) is type(model) and type(own_processor) is type(processor)
-        assert loaded.config.get_text_config()._attn_implementation == attention
-        (batch,) = response_logps(loaded, own_processor, rows)
-        found.append(batch.logps)
-    expected = all_own_logps(model, processor, rows)
-    for logps in found:
-        torch.testing.assert_close(logps, expected, **EXACT)
+    loaded, own_processor = load_model(tmp_path, device="cpu", attn_implementation=attention)
+    assert type(loaded) is type(model) and type(own_processor) is type(processor)
+    assert loaded.config.get_text_config()._attn_implementation == attention
+    (batch,) = response_logps(loaded, own_processor, rows)
+    torch.testing.assert_close(batch.logps, all_own_logps(model, processor, rows), **EXACT)
 
 
-@every_family
-def test_the_right_modules(name):
-    model, _ = family(name)
-    tower = vision_tower(model)
-    names = {module: path for path, module in model.named_modules()}
-    assert re.search(r"(vision|visual)[a-z_]*$", names[tower]) and len(list(tower.parameters())) > 10
-    head = model.get_output_embeddings()
-    adapted = [path for path in names.values() if re.fullmatch(lora_targets(model), path)]
-    of_text = [path for path, module in model.named_modules() if re.search(r"(language|text)_model\.", path)
-               and isinstance(module, nn.Linear) and module is not head]  # fmt: skip
-    assert sorted(adapted) == sorted(of_text) and len(adapted) == 2 * 7  # q k v o, gate up down
-
-
-def trained(name, folder, lora=None, **options):
-    """The model after two steps, and its weights before, by name."""
-    model, processor = family(name)
-    before = {path: p.detach().clone() for path, p in model.named_parameters()}
-    if lora is not None:
-        model = get_peft_model(model, lora(model))
-    config = AspoConfig(
-        output_dir=str(folder), use_cpu=True, disable_tqdm=True, save_strategy="no", report_to=[], max_steps=2,
-        logging_steps=1, learning_rate=1e-3, per_device_train_batch_size=4, max_length=None, **options,
-    )  # fmt: skip
-    trainer = AspoTrainer(model, config, rows_of(name), processing_class=processor)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and losses[1] < losses[0] - 1e-3
-    return trainer.model, before
-
-
-def check_adapted(policy, before):
-    """Only the adapters have changed, all of them."""
-    adapters = {path: p for path, p in policy.named_parameters() if p.requires_grad}
-    assert all("lora_" in path for path in adapters)
-    assert all(p.abs().max() > 0 for path, p in adapters.items() if "lora_B" in path)
-    base = {path.replace("base_layer.", ""): p for path, p in policy.get_base_model().named_parameters()}
-    assert all(torch.equal(base[path], value) for path, value in before.items())
-
-
-@every_family
-def test_lora_trains(name, tmp_path):
-    check_adapted(*trained(name, tmp_path))
-
-
-@pytest.mark.parametrize("name", every_way)
-def test_gradient_checkpointing_trains(name, tmp_path):
-    check_adapted(*trained(name, tmp_path, gradient_checkpointing=True))
-
-
-@pytest.mark.parametrize("name", every_way)
-def test_dora_trains(name, tmp_path):
-    dora = trained(name, tmp_path, lora=lambda m: LoraConfig(target_modules=lora_targets(m), use_dora=True))
-    check_adapted(*dora)
-    assert any("lora_magnitude_vector" in path for path, p in dora[0].named_parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize("name", every_way)
-def test_full_fine_tuning_trains(name, tmp_path):
-    policy, before = trained(name, tmp_path, use_lora=False)
-    frozen = {id(p) for p in vision_tower(policy).parameters()}
-    of_text = {id(p) for p in policy.get_decoder().parameters()}
-    changed = {id(p) for path, p in policy.named_parameters() if not torch.equal(p, before[path])}
-    assert not changed & frozen and changed > of_text  # and the projector
+def test_the_documented_table_is_whole():
+    lines = [line for line in written().splitlines() if line.startswith("|")]
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert header == ["Family", *COLUMNS] and [row[0] for row in rows] == list(FAMILIES)
+    assert all(re.fullmatch(r"yes|no \(\d+\)", cell) for row in rows for cell in row[1:])
