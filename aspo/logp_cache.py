@@ -116,7 +116,7 @@ class ReferenceCache:
         return sum(len(values) for shard, index in self._index.values() for values in shard.row(index))
 
     def key(self, row: Row) -> bytes:
-        """The row's key, 32 bytes. Its images are read, not decoded (a PIL image is encoded as PNG)."""
+        """The row's key, 32 bytes. Its images are read, not decoded."""
         return hashlib.sha256(self._prefix + _content(row, self.settings["responses"])).digest()
 
     def has(self, key: bytes) -> bool:
@@ -186,7 +186,7 @@ def _content(row: Row, responses: Sequence[str]) -> bytes:
             content[column] = response_text(row[column])
     for column in ("images", "negative_images", *(f"{column}_images" for column in responses)):
         if entries := image_entries(row, column):
-            content[column] = [hashlib.sha256(image_bytes(entry)).hexdigest() for entry in entries]
+            content[column] = [_image_hash(entry) for entry in entries]
     return json.dumps(_plain(content), sort_keys=True).encode()
 
 
@@ -196,7 +196,21 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return hashlib.sha256(image_bytes(value)).hexdigest() if isinstance(value, Image.Image) else value
+    return _image_hash(value) if isinstance(value, Image.Image) else value
+
+
+def _image_hash(entry: Any) -> str:
+    """A hash of an image entry's bytes. A PIL image is encoded as PNG once: later it is known by its pixels."""
+    if not isinstance(entry, Image.Image):
+        return hashlib.sha256(image_bytes(entry)).hexdigest()
+    besides = repr((entry.mode, entry.size, entry.getpalette(), entry.info)).encode()  # what PNG keeps besides pixels
+    pixels = hashlib.sha256(besides + entry.tobytes()).digest()
+    if pixels not in _encoded:
+        _encoded[pixels] = hashlib.sha256(image_bytes(entry)).hexdigest()
+    return _encoded[pixels]
+
+
+_encoded: dict[bytes, str] = {}
 
 
 # ---- log-probabilities of a batch, of a row's columns ----

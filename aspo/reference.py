@@ -256,6 +256,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", help="weights' type (default: bfloat16 on an accelerator, else float32, as in LoRA training)"
     )
     parser.add_argument("--attn_implementation", help="attention of transformers: sdpa, eager, flash_attention_2")
+    parser.add_argument("--load_in_4bit", action="store_true", help="where training has --load_in_4bit (QLoRA)")
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument("--bf16", action="store_true", help="mixed precision, where training has --bf16")
     precision.add_argument("--fp16", action="store_true", help="mixed precision, where training has --fp16")
@@ -273,7 +274,8 @@ def run(args: argparse.Namespace) -> int:
     validate_rows(rows)
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     dtype = args.dtype or ("float32" if state.device.type == "cpu" else "bfloat16")
-    model, processor = load_model(args.model, dtype, device=state.device, attn_implementation=args.attn_implementation)
+    options = {"attn_implementation": args.attn_implementation, "load_in_4bit": args.load_in_4bit}
+    model, processor = load_model(args.model, dtype, device=state.device, **options)
     if isinstance(model, PeftModel):
         raise ValueError(f"{args.model} is an adapter, from which no training starts: {MERGE}")
     autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

@@ -142,6 +142,18 @@ def test_keys_are_content_only(loaded, settings, tmp_path):
     assert len({key(other) for other in others}) == len(others)
 
 
+def test_a_changed_pil_image_is_seen(settings, tmp_path):
+    key = ReferenceCache.create(tmp_path, settings).key
+    image = tiny_image().convert("P")
+    row = {**tiny_rows(1)[0], "images": [image]}
+    keys = [key(row), key(row)]
+    image.putpalette([255 - value for value in image.getpalette()])
+    keys.append(key(row))
+    image.putpixel((3, 3), 1)
+    keys.append(key(row))
+    assert keys[0] == keys[1] and len(set(keys)) == 3
+
+
 def test_a_row_that_is_not_there(loaded, settings, tmp_path):
     rows = tiny_rows(2)
     cache = ReferenceCache.create(tmp_path, settings)
@@ -222,7 +234,8 @@ def test_other_models_are_refused_by_name(folder, settings, tmp_path):
 def test_use_changes_no_settings(folder, settings):
     model, processor = load_model(folder)
     assert reference_settings(model, processor, max_length=MAX_LENGTH) == settings
-    list(model_logps(model, processor)(rows_with_everything()))  # the tokenizer keeps its last padding
+    list(model_logps(model, processor)(rows_with_everything()))
+    processor.tokenizer(["a", "b c"], padding=True, truncation=True, max_length=3)  # it remembers these
     model.config.use_cache, model.config.pad_token_id = False, 2  # Trainer sets these
     assert reference_settings(model.train(), processor, max_length=MAX_LENGTH) == settings
 
@@ -240,7 +253,8 @@ def test_the_weights_hash_sees_every_bit():
     for words, index, bit in [(weight, 0, 0), (weight, 262_143, 31), (weight, -1, 30), (small, -1, 15), (small, 0, 3)]:
         words[index] ^= torch.tensor(1 << bit, dtype=torch.int64).to(words.dtype)
         seen.add(weights_hash(model))
-    weight[[0, 1]] = weight[[1, 0]]  # a sum alone would not see these two
+    words = weight.view(torch.int64)
+    words[[0, 1]] = words[[1, 0]]  # a sum alone would not see these two
     seen.add(weights_hash(model))
     weight[[0, 262_144]] = weight[[262_144, 0]]
     seen.add(weights_hash(model))
@@ -259,7 +273,30 @@ def test_a_folder_that_holds_no_cache(settings, tmp_path):
         ReferenceCache.create(tmp_path, settings)
 
 
+def test_a_shard_of_other_settings_is_not_read(loaded, settings, tmp_path):
+    rows = tiny_rows(1)
+    shard = ReferenceCache.create(tmp_path / "a", settings).add({b"k" * 32: [torch.tensor([-1.0])]})
+    other = ReferenceCache.create(tmp_path / "b", {**settings, "max_length": 64})
+    fill(other, rows, logps_of(loaded))
+    for path in (tmp_path / "b").glob("shard-*"):
+        path.rename(shard.parent / path.name)
+    assert ReferenceCache.open(tmp_path / "a", settings).missing(rows) == [0]
+
+
 # ---- damage ----
+
+
+def test_a_shard_appears_whole(settings, tmp_path, monkeypatch):
+    cache = ReferenceCache.create(tmp_path, settings)
+
+    def stopped(source, target):
+        assert source.stat().st_size > 0
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("aspo.logp_cache.os.replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cache.add({b"k" * 32: [torch.tensor([-1.0])]})
+    assert [path.name for path in tmp_path.iterdir()] == ["meta.json"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "empty"])
@@ -292,7 +329,7 @@ def test_bad_log_probabilities_are_refused(loaded, settings, tmp_path, value):
             yield values
 
     rows = tiny_rows(4)
-    rows = sorted(rows, key=lambda row: len(row["chosen"]))
+    rows = sorted(rows, key=lambda row: len(row["chosen"]) + len(row["rejected"]))  # as they are computed
     cache = ReferenceCache.create(tmp_path, settings)
     with pytest.raises(ValueError, match=rf"row '{rows[2]['id']}': response 1, token 3: .* is {value}, but must be"):
         fill(cache, rows, broken)
@@ -449,12 +486,12 @@ def test_the_command(folder, data, loaded, settings, tmp_path, capsys):
     out = tmp_path / "cache"
     arguments = command(folder, data, out, "--max_length", str(MAX_LENGTH), "--batch_size", "2")
     assert cli.main([*arguments, "--limit", "3"]) == 0
-    assert "3 of 3 rows computed" in capsys.readouterr().out
+    assert "3 rows: 3 computed, 0 were there" in capsys.readouterr().out
     assert cli.main(arguments) == 0
     text = capsys.readouterr().out
     rows = load_rows(data)
     cache = ReferenceCache.open(out, reference_settings(*loaded, max_length=MAX_LENGTH))
-    assert "2 of 5 rows computed, the others were there" in text and "tokens/s" in text
+    assert "5 rows: 2 computed, 3 were there: " in text and "tokens/s" in text
     assert f"5 rows, {cache.num_tokens} tokens" in text and "MiB on disk in 2 shards" in text
     assert "3 rows that were there, computed again, differ by at most" in text
     live = list(logps_of(loaded)([rows[n] for n in range(5)]))
@@ -463,7 +500,7 @@ def test_the_command(folder, data, loaded, settings, tmp_path, capsys):
     assert cli.main([*arguments, "--max_length", "128"]) == 2
     assert "max_length was 256, now it is 128" in capsys.readouterr().err
     assert cli.main(arguments) == 0
-    assert "0 of 5 rows computed" in capsys.readouterr().out
+    assert "5 rows: 0 computed, 5 were there\n" in capsys.readouterr().out
 
 
 def run_as(rank, port, arguments, printed):
@@ -493,7 +530,12 @@ def test_two_processes_of_the_command(folder, data, loaded, tmp_path):
         process.kill()
     assert [process.exitcode for process in processes] == [0, 0]
     text = printed[0].read_text()
-    assert "5 of 5 rows computed" in text and "5 rows" in text and "in 2 shards" in text and not printed[1].read_text()
+    assert (
+        "5 rows: 5 computed" in text
+        and "cache: 5 rows," in text
+        and "in 2 shards" in text
+        and not printed[1].read_text()
+    )
     cache = ReferenceCache.open(tmp_path / "cache", reference_settings(*loaded, max_length=MAX_LENGTH))
     assert not cache.missing(load_rows(data))
 
@@ -507,5 +549,8 @@ def test_the_command_refuses_an_adapter_and_bad_sizes(folder, data, tmp_path, ca
     )
     assert cli.main(command(tmp_path / "lora", data, tmp_path / "cache")) == 2
     assert "is an adapter" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert cli.main(command(folder, data, tmp_path / "cache", "--load_in_4bit")) == 2
+        assert "needs a CUDA device" in capsys.readouterr().err
     assert cli.main(command(folder, data, tmp_path / "cache", "--batch_size", "0")) == 2
     assert "must be at least 1" in capsys.readouterr().err
