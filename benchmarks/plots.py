@@ -1,6 +1,7 @@
-"""Draw the committed results: time over the bare products, and extra memory, for each contender.
+"""Draw the committed results: the heads' time over the bare products and memory; what a shared prefix saves.
 
-python -m benchmarks.plots            docs/head-cpu.svg from results/head.csv, docs/head-gpu.svg from results/gpu.csv
+python -m benchmarks.plots            docs/head-cpu.svg from results/head.csv, docs/head-gpu.svg from results/gpu.csv,
+                                      docs/step-cpu.svg from results/step_sweep.csv
 python -m benchmarks.plots --check    fail if a plot was drawn from other figures than the committed ones
 """
 
@@ -12,12 +13,16 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks import results
 
 DOCS = Path(__file__).parent.parent / "docs"
-PLOTS = {DOCS / "head-cpu.svg": results.FOLDER / "head.csv", DOCS / "head-gpu.svg": results.FOLDER / "gpu.csv"}
+PLOTS = {
+    DOCS / "head-cpu.svg": results.FOLDER / "head.csv",
+    DOCS / "head-gpu.svg": results.FOLDER / "gpu.csv",
+    DOCS / "step-cpu.svg": results.FOLDER / "step_sweep.csv",
+}
 GPU_TOKENS = "8192"  # the sizes of a GPU that are drawn; the table has them all
 STYLES = {  # the first whose key begins a contender's name
     "aspo_kernels, recompute": ("#0b3d91", "v"),
@@ -32,6 +37,7 @@ STYLES = {  # the first whose key begins a contender's name
     "cut-cross-entropy": ("#bf8700", "o"),
     "quack": ("#00a3a3", "o"),
 }
+LINES = (("#0b3d91", "o"), ("#1f6feb", "s"), ("#bf8700", "^"), ("#d1242f", "v"))  # short responses first
 
 
 class Point(NamedTuple):
@@ -74,10 +80,21 @@ def draw(source: Path, target: Path) -> None:
     import matplotlib.pyplot as plt
 
     header, rows = results.read(source)
+    plt.rcParams.update({"svg.hashsalt": "aspo", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure = (_draw_lengths if "tokens_off_over_on" in rows[0] else _draw_heads)(header, rows)
+    target.parent.mkdir(exist_ok=True)
+    figure.savefig(target, metadata={"Date": None, "Description": f"sha256 {_hash(source)}"})
+    plt.close(figure)
+    target.write_text(re.sub(r"[ \t]+$", "", target.read_text(), flags=re.M))
+
+
+def _draw_heads(header: dict[str, str], rows: Sequence[dict[str, str]]) -> Any:
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FormatStrFormatter, NullFormatter
+
     drawn = points(rows)
     groups = list(dict.fromkeys(p.group for p in drawn))
     names = list(dict.fromkeys(p.contender for p in drawn))
-    plt.rcParams.update({"svg.hashsalt": "aspo", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(1, 2, figsize=(10, 1.6 + 0.42 * len(groups)), sharey=True, layout="constrained")
     for name in names:
         mine = [p for p in drawn if p.contender == name]
@@ -92,18 +109,41 @@ def draw(source: Path, target: Path) -> None:
         axis.set_xlabel(label)
         axis.grid(axis="x", which="both", color="#e5e5e5", linewidth=0.6)
         axis.set_axisbelow(True)
-        axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
     axes[0].axvline(1, color="#999999", linewidth=1, linestyle="--")
     axes[0].set_xticks([t for t in (0.5, 1, 2, 5, 10, 20, 50) if t <= 1.5 * max(p.over_floor for p in drawn)])
     axes[0].set_yticks(range(len(groups)), groups)
     axes[0].set_ylim(len(groups) - 0.5, -0.5)
     figure.suptitle(_title(header, rows), fontsize=9)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    target.parent.mkdir(exist_ok=True)
-    figure.savefig(target, metadata={"Date": None, "Description": f"sha256 {_hash(source)}"})
-    plt.close(figure)
-    target.write_text(re.sub(r"[ \t]+$", "", target.read_text(), flags=re.M))
+    return figure
+
+
+def _draw_lengths(header: dict[str, str], rows: Sequence[dict[str, str]]) -> Any:
+    """A line for each length of the responses: the step's time without a shared prefix over that with one."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    prompts = sorted({int(row["prompt"]) for row in rows})
+    for response, (color, marker) in zip(sorted({int(row["response"]) for row in rows}), LINES, strict=False):
+        mine = sorted((row for row in rows if int(row["response"]) == response), key=lambda row: int(row["prompt"]))
+        x = [int(row["prompt"]) for row in mine]
+        times, tokens = ([float(row[name]) for row in mine] for name in ("off_over_on", "tokens_off_over_on"))
+        axis.plot(x, times, marker=marker, color=color, label=f"{response:,} tokens a response")
+        axis.plot(x, tokens, color=color, linewidth=0.8, linestyle=":")
+    axis.plot([], [], color="#777777", linewidth=0.8, linestyle=":", label="tokens saved alone")
+    axis.axhline(1, color="#999999", linewidth=1, linestyle="--")
+    axis.set_xscale("log")
+    axis.set_xticks(prompts, [f"{prompt:,}" for prompt in prompts])
+    axis.set_xticks([], minor=True)
+    axis.set_xlabel("tokens of image and prompt (log)")
+    axis.set_ylabel("time: prefix twice / shared")
+    axis.grid(axis="y", color="#e5e5e5", linewidth=0.6)
+    axis.legend(frameon=False, fontsize=8)
+    where = f"{header['threads']} threads of {header['cpu']}"
+    axis.set_title(f"Whole step, 2 pairs, on {where};\ntorch {header['torch']}, commit {header['commit']}", fontsize=8)
+    return figure
 
 
 def _title(header: dict[str, str], rows: Sequence[dict[str, str]]) -> str:
