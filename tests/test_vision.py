@@ -351,6 +351,18 @@ def test_a_tower_whose_images_see_each_other_is_found_out(llava):
     assert seen == [1, 2, 6] and list(vision._can_be_cut.values()) == [False]
 
 
+def test_arguments_that_belong_to_no_image_are_not_cut():
+    model, processor = family("Qwen2-VL")
+    inputs = dict(Collator(processor)(unequal_rows())["model_inputs"])
+    ends = inputs["image_grid_thw"].prod(-1).cumsum(0, dtype=torch.int32)
+    inputs["image_cu_seqlens"] = nn.functional.pad(ends, (1, 0))  # Qwen-VL makes it of the grid where it is not given
+    expected = hidden(model, inputs)
+    seen = count_images(vision_tower(model).requires_grad_(False))
+    with VisionFeatures([model]).step():
+        assert all(torch.equal(hidden(model, inputs), expected) for _ in range(2))
+    assert seen == [int(ends[-1])]
+
+
 # ---- on disk ----
 
 
