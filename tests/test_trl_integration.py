@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import CHAT_TEMPLATE, tiny_llava, tiny_rows
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
+from aspo.data import generation_inputs
 from aspo.integrations.trl import AspoDPOConfig, AspoDPOTrainer
 from aspo.model import output_head, trunk_hidden
 from aspo_kernels import sentence_dpo_loss
@@ -101,7 +102,7 @@ def move(model, seed=3):
 def test_batches_are_trls_token_for_token(make):
     rows = conversational(tiny_rows(3))
     theirs = make(trl.DPOTrainer, rows).data_collator([dict(row) for row in rows])
-    ours = make(AspoDPOTrainer, rows).data_collator(rows)
+    ours = make(AspoDPOTrainer, rows, shared_prefix="off").data_collator(rows)
     assert len(set(theirs["attention_mask"].sum(1).tolist())) > 1  # rows of unequal lengths
     token = theirs["attention_mask"].bool()  # TRL pads with EOS where the pad token's id is 0
     assert torch.equal(ours["model_inputs"]["attention_mask"], theirs["attention_mask"])
@@ -111,14 +112,15 @@ def test_batches_are_trls_token_for_token(make):
     assert torch.equal(ours["layout"].targets, theirs["input_ids"][mask])
 
 
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_twenty_steps_of_dpo_equal_trls(make, lora, accumulation):
+@pytest.mark.parametrize(
+    ("lora", "accumulation", "shared"), [(True, 2, "off"), (False, 1, "off"), (True, 1, "on"), (False, 2, "on")]
+)
+def test_twenty_steps_of_dpo_equal_trls(make, lora, accumulation, shared):
     """lr 5 with LoRA, 0.5 without: the loss moves away from ln 2, so policy and reference differ. The rows of a batch
     differ in length, and of 7 rows the last micro-batch is a single one, which both average as if it were two."""
     options = {"max_steps": 20, "per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation}
     options |= {"learning_rate": 5.0 if lora else 0.5, "loss_type": "sigmoid", "lora": lora}
-    ours, theirs = run(make(AspoDPOTrainer, **options)), run(make(trl.DPOTrainer, **options))
+    ours, theirs = run(make(AspoDPOTrainer, **options, shared_prefix=shared)), run(make(trl.DPOTrainer, **options))
     assert len(ours[0]) == len(theirs[0]) == 20
     for step, (mine, its) in enumerate(zip(ours[0], theirs[0], strict=True)):
         assert mine.keys() == its.keys()
@@ -186,7 +188,7 @@ def test_aspo_is_the_kernels_loss_of_the_same_hidden_states(make, folder, weight
         row["sample_weight"] = weight
     options = {"alpha": 0.3, "beta": 0.4, "normalizer": "token"}
     policy = move(AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32))
-    trainer = make(AspoDPOTrainer, rows, model=policy, loss_type="aspo", **options)
+    trainer = make(AspoDPOTrainer, rows, model=policy, loss_type="aspo", shared_prefix="off", **options)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
     reference = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     hidden, ref_hidden = (trunk_hidden(m, batch["model_inputs"]) for m in (policy, reference))
@@ -210,9 +212,19 @@ def test_training_with_aspo_logs_sentences_and_keeps_no_unread_column(make):
     assert "colour" not in next(iter(trainer.get_train_dataloader().dataset))
 
 
+def test_sharing_and_packing_are_on_and_take_the_same_step(make):
+    losses = []
+    for options in ({"shared_prefix": "off"}, {"shared_prefix": "on"}, {"shared_prefix": "on", "padding_free": True}):
+        trainer = make(AspoDPOTrainer, lora=True, max_steps=3, learning_rate=5.0, **options)
+        losses.append([log["loss"] for log in run(trainer)[1]])
+        rows = trainer.data_collator(conversational(tiny_rows(3)))["tree"].shape[0]
+        assert rows == {"off": 6, "on": 1 if trainer.args.padding_free else 3}[options["shared_prefix"]]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_the_rows_own_reference_logps_are_used(make):
     rows = conversational(tiny_rows(2))
-    plain = make(AspoDPOTrainer, rows, loss_type="dpo")
+    plain = make(AspoDPOTrainer, rows, loss_type="dpo", shared_prefix="off")
     layout = plain.data_collator(rows)["layout"]
     tokens = layout.response_token_offsets.diff().tolist()
     for i, row in enumerate(rows):
@@ -220,9 +232,11 @@ def test_the_rows_own_reference_logps_are_used(make):
     trainer = make(AspoDPOTrainer, rows, loss_type="dpo", beta=0.1)
     with torch.no_grad():
         cached = trainer.compute_loss(trainer.model, trainer.data_collator(rows))
-    logps = plain.model(**plain.data_collator(rows)["model_inputs"], layout=layout)
+    batch = plain.data_collator(rows)
+    hidden = trunk_hidden(plain.model, batch["model_inputs"]).flatten(0, 1)[layout.hidden_index]
+    logps = (hidden @ output_head(plain.model).weight.T).log_softmax(-1).gather(1, layout.targets[:, None])[:, 0]
     ref = torch.cat([torch.full((n,), -1.0 if i < 2 else -2.0) for i, n in enumerate(tokens)])
-    h = torch.stack([part.sum() for part in (logps - ref).split(tokens)])
+    h = torch.stack([part.sum() for part in (logps - ref).detach().split(tokens)])
     assert float(cached) == pytest.approx(float(-torch.nn.functional.logsigmoid(0.1 * (h[:2] - h[2:])).mean()), 1e-4)
 
 
@@ -239,7 +253,7 @@ def test_the_rows_own_reference_logps_are_used(make):
         ({"label_smoothing": 0.1}, "takes no option label_smoothing"),
         ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs=True"),
         ({"precompute_ref_batch_size": 2}, "precompute_ref_batch_size"),
-        ({"padding_free": True}, "padding_free"),
+        ({"shared_prefix": "maybe"}, "shared_prefix"),
         ({"pad_to_multiple_of": 8}, "pad_to_multiple_of"),
         ({"ld_alpha": 0.5}, "ld_alpha"),
         ({"use_weighting": True}, "use_weighting"),
@@ -280,16 +294,15 @@ def test_trainer_refuses_what_it_cannot_do(make, tmp_path):
 
 
 def test_a_prompt_that_fills_max_length_is_an_error_not_a_cut_image(make):
-    trainer = make(AspoDPOTrainer, max_length=10)
     with pytest.raises(ValueError, match="prompts and images are never cut"):
-        trainer.train()
+        make(AspoDPOTrainer, max_length=10)
 
 
 def test_generation_still_works(make):
-    """The forward with one more mode is the model's own where no layout is given."""
+    """The model's own forward is back after a step."""
     trainer = make(AspoDPOTrainer, max_steps=1)
     trainer.train()
-    inputs = trainer.data_collator(conversational(tiny_rows(1)))["model_inputs"]
+    inputs = generation_inputs(trainer.processing_class, conversational(tiny_rows(1)))
     with torch.no_grad():
         assert trainer.model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
         assert trainer.model.generate(**inputs, max_new_tokens=2).shape[1] <= inputs["input_ids"].shape[1] + 2

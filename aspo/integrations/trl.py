@@ -6,9 +6,8 @@ autocast): the model's own forward gets one more mode, as TRL's fused head does.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import types
+import itertools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,22 +18,26 @@ from peft import PeftModel
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import extract_prompt
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from aspo.config import AspoConfig
+from aspo.attention import with_route
+from aspo.config import CHOICES, AspoConfig
 from aspo.data import Collator
+from aspo.exact import settle_sharing
+from aspo.forward import PairForward, tree_inputs
+from aspo.integrations.common import forward_runs
 from aspo.meters import Meters, record
-from aspo.model import base_model, check_head, inference, output_head, trunk_hidden
+from aspo.model import check_head, inference, output_head
+from aspo.trainer import ROWS_TO_CHECK
 from aspo.validate import validate_rows
-from aspo_kernels import SentenceLayout, gather_hidden, objectives
+from aspo.vision import VisionFeatures
+from aspo_kernels import objectives
 
 # TRL's or transformers' option -> why it is refused. Values that do nothing are fine.
 UNSUPPORTED = {
     "precompute_ref_log_probs": "TRL's cache has neither images nor sentences; give the rows per-token "
     "ref_chosen_logps and ref_rejected_logps, or train with aspo.trainer.AspoTrainer",
     "precompute_ref_batch_size": "nothing is computed ahead; leave it out",
-    "padding_free": "TRL ignores it; leave it off",
     "pad_to_multiple_of": "batches are as wide as their longest row; leave it out",
     "ld_alpha": "no objective of ours takes it; train with trl.DPOTrainer",
     "use_weighting": "WPO is no objective of ours; train with trl.DPOTrainer, or weigh pairs by a column sample_weight",
@@ -89,6 +92,21 @@ class AspoDPOConfig(DPOConfig):
     objective_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further options of an objective of your own, as JSON."}
     )
+    shared_prefix: str = field(
+        default="auto",
+        metadata={
+            "help": "Compute prompt and image once for both responses: auto (where the first rows show that it is "
+            "exact for this model), on, off."
+        },
+    )
+    prefix_attention: str = field(
+        default="auto",
+        metadata={"help": "How shared and packed rows attend: auto, segments, varlen, flex, mask."},
+    )
+    vision_cache: str = field(
+        default="step",
+        metadata={"help": "What a vision tower has made of an image: none, step, or disk (frozen towers only)."},
+    )
     kernel_backend: str = field(
         default="auto", metadata={"help": "Loss kernels: auto, torch, triton, or reference (full logits, to compare)."}
     )
@@ -109,6 +127,9 @@ class AspoDPOConfig(DPOConfig):
         for name, default in DEFAULTS.items():
             if (value := getattr(self, name, default)) != default:
                 raise ValueError(f"{name}={value!r} has no effect on these objectives: leave it at {default!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
         AspoConfig._settle_objective(self)  # type: ignore[arg-type]  # it reads no option but those above
 
     def objective(self) -> objectives.Objective:
@@ -124,11 +145,12 @@ class AspoDPOTrainer(DPOTrainer):
     """`trl.DPOTrainer`, with an `AspoDPOConfig`; the arguments are TRL's.
 
     Rows are TRL's, with the optional columns of docs/data.md (chosen_sentences, chosen_similarity, sample_weight, ...).
-    The loss of a micro-batch is the mean over its pairs of sample_weight * loss; micro-batches are averaged, as TRL
-    does. Not logged: entropy, mean_token_accuracy and logits/*, for which the head would have to be read again.
+    Prompt and image are computed once for both responses where that is exact, each image once a step (`shared_prefix`,
+    `vision_cache`). The loss of a micro-batch is the mean over its pairs of sample_weight * loss; micro-batches are
+    averaged, as TRL does. Not logged: entropy, mean_token_accuracy, logits/*, which would need the head once more.
 
     Raises ValueError for what TRL's trainer can do and this one cannot: compute_metrics, `predict`, a collator of
-    another kind, prompt learning, tools, the router's loss of a mixture of experts, DeepSpeed's ZeRO-3.
+    another kind, prompt learning, tools, the router's loss of a mixture of experts, DeepSpeed, FSDP.
     """
 
     _tag_names = ["trl", "dpo", "aspo"]  # noqa: RUF012  the base's spelling
@@ -150,28 +172,38 @@ class AspoDPOTrainer(DPOTrainer):
         self.objective: objectives.Objective = args.objective()
         self.objective_options = args.objective_options()
         self._needs_similarity = "aspo" in args.loss_type and self.objective_options["alpha"] > 0
+        packed, args.padding_free = args.padding_free, False  # TRL has none, and would say that there is none
         super().__init__(model, ref_model, args, **kwargs)
+        args.padding_free = packed
         self._refuse_unsupported()
-        self.data_collator = collator or Collator(self.processing_class, args.max_length)
-        for each in (self.model, self.ref_model):
-            if each is not None:
-                _add_logps_mode(base_model(self.accelerator.unwrap_model(each, keep_torch_compile=False)))
-        self._head_checked = False
         for dataset in _datasets(self.train_dataset, self.eval_dataset):
             self._check_rows(dataset)
+        self.data_collator = collator or Collator(self.processing_class, args.max_length)
+        self._head_checked = False
+        self._settle_step()
 
     def _refuse_unsupported(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError("DeepSpeed and FSDP are not supported so far: use one process, or several with DDP")
         policy = self.accelerator.unwrap_model(self.model)
         if isinstance(policy, PeftModel) and policy.active_peft_config.is_prompt_learning:
             raise ValueError(f"{policy.peft_type} puts tokens in front of the prompt, which is not supported: use LoRA")
         if self.aux_loss_enabled:
             raise ValueError("the model adds its router's loss, which is not supported: set router_aux_loss_coef to 0")
-        plugin = self.args.deepspeed_plugin
-        if plugin is not None and plugin.zero_stage == 3:
-            raise ValueError("DeepSpeed's ZeRO-3 keeps the output head in parts, which is not supported: use ZeRO-2")
-        if self.is_fsdp_enabled:
-            raise ValueError("FSDP keeps the output head in parts, which is not supported: use DDP or ZeRO-2")
         output_head(policy)
+
+    def _settle_step(self) -> None:
+        """Share prefixes and pack rows where the first rows show that the model takes it; look once at each image."""
+        collator: Any = self.data_collator
+        train: Any = self.train_dataset
+        options: Any = self.args  # settle_sharing reads what both configurations have
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.accelerator.mixed_precision))
+        first = list(itertools.islice(train, ROWS_TO_CHECK))
+        self.route = settle_sharing(self.model, collator, first, options, autocast)
+        if self.ref_model is not None and collator.makes_trees:
+            with_route(self.accelerator.unwrap_model(self.ref_model), self.route)
+        folder = os.path.join(str(self.args.output_dir), "vision_cache") if self.args.vision_cache == "disk" else None
+        self.vision = VisionFeatures([self.model, self.ref_model], self.args.vision_cache, folder)
 
     # ---- rows ----
 
@@ -211,16 +243,23 @@ class AspoDPOTrainer(DPOTrainer):
         """mean over pairs of sample_weight * objective; DPO's is -log sigmoid(beta (h(y_c) - h(y_r)))."""
         if return_outputs:
             raise ValueError("logits are never built, so there is nothing to predict or to compute_metrics from")
-        layout = inputs["layout"].to(self.accelerator.device)
+        inputs = {**inputs, "layout": inputs["layout"].to(self.accelerator.device)}
         self._require_similarity(inputs["similarity"])
-        if not inputs["tree"].is_plain:
-            raise ValueError("the collator shares prefixes or packs rows: give it shared_prefix=padding_free=False")
-        model_inputs = inputs["model_inputs"]
-        self._check_head(model_inputs)
+        policy = self.accelerator.unwrap_model(self.model)
+        self._check_head(policy, inputs)
+        forward = PairForward(
+            policy,
+            None if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model),
+            self.route,
+            self.objective.difference_only,
+            self.args.kernel_backend,
+            self.vision,
+        )
         with self.accelerator.autocast():
-            ref_logps = self._reference_logps(inputs, layout) if self.objective.needs_reference else None
-            logps = model(**model_inputs, layout=layout, kernel_backend=self.args.kernel_backend)
-        given = objectives.Inputs(layout, logps, ref_logps, inputs["similarity"], self.args.kernel_backend)
+            inputs = self._with_reference(forward, inputs)
+            with forward_runs(policy, lambda **_: forward.logps(inputs, self.objective.needs_reference)):
+                logps, ref_logps = model()
+        given = objectives.Inputs(inputs["layout"], logps, ref_logps, inputs["similarity"], self.args.kernel_backend)
         result = self.objective(given, **self.objective_options)
         self._record(given, result, inputs)
         losses = result.losses
@@ -228,26 +267,20 @@ class AspoDPOTrainer(DPOTrainer):
             losses = losses * inputs["sample_weight"].to(losses.dtype)
         return losses.mean()
 
-    def _reference_logps(self, inputs: Mapping[str, Any], layout: SentenceLayout) -> Tensor:
-        """(N,) from the rows' own columns; else from ref_model, or from the policy's base as TRL does with PEFT."""
-        if inputs["ref_logps"] is not None:
-            return inputs["ref_logps"]
-        policy = self.accelerator.unwrap_model(self.model)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            checkpointing: Any = self.args.gradient_checkpointing_kwargs
-            stack.enter_context(disable_gradient_checkpointing(self.model, checkpointing))
-            if self.ref_model is None:
-                stack.enter_context(use_adapter(policy, "ref" if "ref" in policy.peft_config else None))
-            model = self.model if self.ref_model is None else self.ref_model
-            return model(**inputs["model_inputs"], layout=layout, kernel_backend=self.args.kernel_backend)
+    def _with_reference(self, forward: PairForward, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """With ref_logps where training goes on from an adapter: the reference is TRL's copy of it, named "ref"."""
+        policy: Any = forward.policy
+        copied = self.ref_model is None and "ref" in policy.peft_config
+        if not copied or not self.objective.needs_reference or inputs["ref_logps"] is not None:
+            return inputs
+        with inference(policy), use_adapter(policy, "ref"):
+            return {**inputs, "ref_logps": forward.logps(inputs, with_reference=False)[0]}
 
-    def _check_head(self, model_inputs: Mapping[str, Any]) -> None:
+    def _check_head(self, policy: Any, inputs: Mapping[str, Any]) -> None:
         """Once: hidden states times head are the model's own logits."""
         if not self._head_checked:
-            policy = self.accelerator.unwrap_model(self.model)
             with inference(policy), self.accelerator.autocast():
-                check_head(policy, model_inputs)
+                check_head(policy, tree_inputs(policy, inputs["model_inputs"], inputs["tree"], self.route))
             self._head_checked = True
 
     @torch.no_grad()
@@ -276,22 +309,3 @@ class AspoDPOTrainer(DPOTrainer):
 def _datasets(train: Any, evaluation: Any) -> list[Any]:
     evaluation = list(evaluation.values()) if isinstance(evaluation, Mapping) else [evaluation]
     return [dataset for dataset in (train, *evaluation) if dataset is not None]
-
-
-def _add_logps_mode(model: Any) -> None:
-    """`model(**inputs, layout=layout)` returns (N,) log-probabilities of the counted tokens, and builds no logits.
-
-    In the forward of the model itself, because wrappers (DDP, autocast, PEFT) act on calls of it.
-    """
-    forward = model.forward
-
-    @functools.wraps(forward)  # `generate` checks its arguments against the signature
-    def with_logps(
-        self: Any, *args: Any, layout: SentenceLayout | None = None, kernel_backend: str = "auto", **kwargs: Any
-    ) -> Any:
-        if layout is None:
-            return forward(*args, **kwargs)
-        hidden = gather_hidden(trunk_hidden(self, kwargs), layout)
-        return output_head(self).logps(hidden, layout.targets, kernel_backend)
-
-    model.forward = types.MethodType(with_logps, model)
