@@ -151,6 +151,8 @@ def _why_not(outer: Any, route: str, dtype: torch.dtype | None, longest: int | N
         return None if all(part._supports_flex_attn for part in parts) else "transformers has no FlexAttention for it"
     if getattr(text, "attn_logit_softcapping", None) is not None or not all(part._supports_sdpa for part in parts):
         return "its attention has a soft-cap, or something else that SDPA cannot do; use mask or flex"
+    if unknown := _unknown_layers(outer):
+        return f"it has layers of {unknown}"
     window, _ = _sliding_window(outer)
     if window is not None and (longest is None or window < longest):
         return f"its sliding window of {window} tokens may be shorter than a sequence; use mask or flex"
@@ -201,16 +203,16 @@ def _text_models(outer: Any) -> list[PreTrainedModel]:
 
 
 def _sliding_window(outer: Any) -> tuple[int | None, bool]:
-    """The sliding window of a model's text layers (None = there is none), and whether every layer has it.
-
-    Raises ValueError for layers that are neither full nor sliding attention.
-    """
+    """The sliding window of a model's text layers (None = there is none), and whether every layer has it."""
     text = outer.config.get_text_config()
     window = getattr(text, "sliding_window", None)
-    kinds = set(getattr(text, "layer_types", None) or ([ATTENTION[window is not None]]))
-    if unknown := sorted(kinds - set(ATTENTION)):
-        raise ValueError(f"{type(outer).__name__} has layers of {unknown[0]}, which no mask keeps apart")
+    kinds = set(getattr(text, "layer_types", None) or [ATTENTION[window is not None]])
     return (window, len(kinds) == 1) if ATTENTION[1] in kinds else (None, True)
+
+
+def _unknown_layers(outer: Any) -> str:
+    """The types of a model's text layers that are neither full nor sliding attention, such as linear_attention."""
+    return ", ".join(sorted(set(getattr(outer.config.get_text_config(), "layer_types", None) or ()) - set(ATTENTION)))
 
 
 def tree_attention_inputs(
@@ -219,9 +221,12 @@ def tree_attention_inputs(
     """Keyword arguments for the forward of a model's trunk, with which it attends as a tree says; once for each batch.
 
     route: one of `routes_to_try`, set by `with_route`. blocks: as in `tree_mask`.
-    Position ids are the caller's. Raises ValueError for a window or for blocks that the route cannot do.
+    Position ids are the caller's. Raises ValueError for a window or for blocks that the route cannot do, and for layers
+    that are neither full nor sliding attention.
     """
     outer = base_model(model)
+    if unknown := _unknown_layers(outer):
+        raise ValueError(f"{type(outer).__name__} has layers of {unknown}, which no mask keeps apart")
     window, everywhere = _sliding_window(outer)
     if window is not None and window >= tree.longest_sequence:
         window = None

@@ -415,6 +415,17 @@ def test_routes_of_a_sliding_window() -> None:
         routes_to_try(model, "segments")
 
 
+def test_layers_that_are_no_attention() -> None:
+    model = build(LlamaForCausalLM, LlamaConfig(**SMALL))
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    assert routes_to_try(model) == ["mask"]  # so that a caller who only tries gets the reason below
+    with pytest.raises(ValueError, match="linear_attention"):
+        routes_to_try(model, "segments")
+    for route in ("mask", "segments"):
+        with pytest.raises(ValueError, match="layers of linear_attention, which no mask keeps apart"):
+            tree_attention_inputs(model, TREES["packed"], "cpu", route)
+
+
 def test_the_vision_tower_keeps_its_attention(model: Any) -> None:
     lora: Any = get_peft_model(model, LoraConfig(target_modules=r".*\.q_proj", r=2, init_lora_weights=False))
     try:
