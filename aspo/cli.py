@@ -15,6 +15,7 @@ COMMANDS = {
     "pairs": ("aspo.pairs", "make preference pairs: answers on the clean and on a noised image"),
     "score": ("aspo.scores", "score each sentence's similarity to the image with CLIP"),
     "reference": ("aspo.reference", "compute the reference's log-probabilities ahead, for training"),
+    "plan": ("aspo.plan", "predict a training step's memory, and what fits, without loading weights"),
     "train": ("aspo.train", "train a model on preference pairs with ASPO, DPO and others"),
     "eval": ("aspo.evaluate", "measure hallucination on images whose truth is known"),
     "report": ("aspo.report", "write one HTML page about runs: curves, tables, weighted sentences"),

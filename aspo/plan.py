@@ -1,0 +1,344 @@
+"""`aspo plan`: the peak memory of a training step, what it is made of, and what fits, before any weight is loaded.
+
+The step is run on tensors without memory (torch's FakeTensorMode): the real model class, adapters, attention routes
+and autograd, so that what is kept for the backward is known and not guessed. Every storage that an operator makes is
+counted until it is freed. What is not run is the optimiser (AdamW: two numbers a trained parameter, and one more while
+it steps) and the head's kernels (their one row a token and their tiles).
+Axes: B pairs, R rows, T columns of the grid, N counted tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoProcessor
+
+from aspo.attention import routes_to_try, tree_attention_inputs, with_route
+from aspo.config import AspoConfig
+from aspo.lengths import PromptLength
+from aspo.model import auto_class, base_model, output_head, parse_dtype, resolve_model
+from aspo.policy import add_lora, disable_dropout, vision_tower
+from aspo.tree import TokenTree
+from aspo_kernels.tiles import tile_size
+
+MIB = 2**20
+MARGIN = 0.9  # of a device's memory that a suggestion fills: allocators round up and leave holes
+DESCRIPTION = """Say what a training step will need, without loading weights.
+
+  aspo plan --model llava-hf/llava-1.5-7b-hf --response-tokens 512 --pairs 2 --dtype bfloat16 --memory 80
+  aspo plan --model world --response-tokens 30 --images 1
+
+Prints the predicted peak memory and its parts, the tokens that sharing the prompt saves, and the largest batch and
+token budget that fit into --memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What is planned. Lengths in tokens; `prompt` with its image tokens."""
+
+    pairs: int
+    prompt: int
+    response: int
+    shared: bool = True
+    cached_reference: bool = False
+    autocast: torch.dtype | None = None
+    checkpointing: bool = False
+
+    def tree(self) -> TokenTree:
+        """The batch's tree: an item for each pair, or for each response."""
+        if self.shared:
+            return TokenTree.place([(self.prompt, (self.response,) * 2)] * self.pairs, packed=False)
+        return TokenTree.place([(self.prompt, (self.response,))] * 2 * self.pairs, packed=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes. `peak` is the step's; the others are what is alive there, or could be (`backward`: the rest)."""
+
+    weights: int
+    trained: int  # gradients and optimiser state
+    vision: int  # features that live as long as the step
+    activations: int  # kept for the backward
+    head: int
+    peak: int
+
+    @property
+    def backward(self) -> int:
+        """What the backward, or another moment, needs beyond the parts."""
+        return self.peak - self.weights - self.trained - self.vision - self.activations - self.head
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the storages that operators make inside, while they live: `live` now, `peak` at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return out
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, if it is new."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key, size)
+
+    def ignore(self, *tensors: Tensor) -> None:
+        """Tensors that were there before are not counted, nor are views of them."""
+        self._known.update(tensor.untyped_storage()._cdata for tensor in tensors)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+# ---- the model without memory ----
+
+
+def meta_model(name: str, args: AspoConfig) -> Any:
+    """The policy that `args` make of a model, its configuration alone read: parameters on the meta device."""
+    config = AutoConfig.from_pretrained(resolve_model(name))
+    with torch.device("meta"):
+        model = auto_class(config).from_config(
+            config, dtype=parse_dtype(args.weights_dtype()), attn_implementation=args.attn_implementation
+        )
+        if args.use_lora:
+            model = add_lora(model, args)
+        elif args.freeze_vision and (tower := vision_tower(model)) is not None:
+            tower.requires_grad_(False)
+    disable_dropout(model)
+    return model.train()
+
+
+@contextmanager
+def faked(model: nn.Module) -> Iterator[FakeTensorMode]:
+    """Inside, a meta model's tensors are fake ones on the CPU, and so is everything that operators make."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    made: dict[int, Tensor] = {}
+    places: list[tuple[Any, str, Tensor]] = [
+        (tensors, name, tensor)
+        for module in model.modules()
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    ]
+    try:
+        for tensors, name, tensor in places:
+            if id(tensor) not in made:
+                fake = FakeTensor(mode, torch.empty_like(tensor, device="meta"), torch.device("cpu"))
+                is_parameter = isinstance(tensor, nn.Parameter)
+                made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+            tensors[name] = made[id(tensor)]
+        with mode:
+            yield mode
+    finally:
+        for tensors, name, tensor in places:
+            tensors[name] = tensor
+
+
+# ---- the step ----
+
+
+def predict(model: Any, step: Step, images: int = 0, image_size: int = 0) -> Memory:
+    """Run a step on a meta model (`meta_model`) without memory.
+
+    images: of each pair, square ones of `image_size` pixels, for the frozen tower's features (0: left out).
+    """
+    outer, tree = base_model(model), step.tree()
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    weights = sum(map(_bytes, tensors))
+    trained = sum(_bytes(t) for t in tensors if t.requires_grad)
+    route = routes_to_try(model, dtype=step.autocast)[0]
+    with_route(model, route)
+    attention = {} if tree.is_plain else tree_attention_inputs(model, tree, "cpu", route)
+    if step.checkpointing:
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        outer.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    with faked(model), Allocations() as counter:
+        counter.ignore(*model.parameters(), *model.buffers())
+        with torch.autocast("cpu", step.autocast, enabled=step.autocast is not None):
+            features = _features(outer, step.pairs * images, image_size)
+            vision = counter.live
+            if not step.cached_reference:
+                adapter_off = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+                with torch.no_grad(), adapter_off:
+                    _hidden(outer, tree, attention)
+            before = counter.live
+            hidden = _hidden(outer, tree, attention, wants_grad=step.checkpointing)
+            activations = counter.live - before
+            rows = hidden.flatten(0, 1)[torch.zeros(2 * step.pairs * step.response, dtype=torch.long)]
+            kept = torch.empty_like(rows)  # what the head keeps to the backward
+            loss = (rows * kept).sum()
+            del hidden
+        loss.backward()
+        del features
+    head, workspace = _head_memory(outer, rows)
+    stepping = weights + 4 * trained  # AdamW: gradient, two moments, and a temporary while it steps
+    peak = max(weights + 2 * trained + counter.peak - _bytes(kept) + head + workspace, stepping)
+    return Memory(weights, 3 * trained, vision, activations, head + workspace, peak)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _hidden(outer: Any, tree: TokenTree, attention: dict[str, Any], wants_grad: bool = False) -> Tensor:
+    """The language model's last hidden states (R, T, H) for embeddings of nothing."""
+    weight = outer.get_input_embeddings().weight
+    embeddings = torch.empty(*tree.shape, weight.shape[1], dtype=weight.dtype)
+    embeddings.requires_grad_(wants_grad or weight.requires_grad)
+    decoder = outer.get_decoder()
+    positions = tree.positions
+    if hasattr(outer.base_model, "get_rope_index"):
+        positions = positions.expand(3, -1, -1)
+    inputs = attention or {"attention_mask": torch.ones(tree.shape, dtype=torch.long)}
+    return decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False, **inputs).last_hidden_state
+
+
+def _features(outer: Any, images: int, size: int) -> Any:
+    """The frozen vision tower's output for square images; None where there are none, or it wants more than pixels."""
+    tower = vision_tower(outer) if images else None
+    if tower is None or any(p.requires_grad for p in tower.parameters()):
+        return None
+    weight = next(tower.parameters())
+    with torch.no_grad():
+        try:
+            return tower(torch.empty(images, 3, size, size, dtype=weight.dtype))
+        except (TypeError, ValueError, RuntimeError, IndexError):  # packed patches, tiles, masks of their own
+            return None
+
+
+def _head_memory(outer: Any, rows: Tensor) -> tuple[int, int]:
+    """(kept to the backward, workspace) of the head's kernels for (N, H) rows: see `aspo_kernels.tiles`."""
+    head = output_head(outer).weight
+    size = tile_size(rows)
+    chunk = min(size.tokens, rows.shape[0])
+    workspace = 2 * min(size.bytes, 4 * chunk * head.shape[0]) + 4 * chunk * rows.shape[1]
+    if not head.requires_grad:
+        return _bytes(rows), workspace
+    stored, budget = 2 * rows.shape[0] * head.shape[0], 4 * head.numel()
+    return _bytes(rows) + (stored if stored <= budget else 0) + _bytes(head), workspace
+
+
+# ---- the command ----
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `aspo plan`."""
+    parser.description = DESCRIPTION
+    parser.add_argument("--model", required=True, help="folder or hub name of the start model; 'world' = embedded")
+    parser.add_argument("--response-tokens", type=int, required=True, help="tokens of a response")
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="text tokens of a prompt (64)")
+    parser.add_argument("--images", type=int, default=1, help="images of a prompt (1)")
+    parser.add_argument("--image-size", type=int, help="pixels of an image's side (the vision tower's own, else 336)")
+    parser.add_argument("--pairs", type=int, default=2, help="pairs in a batch (2)")
+    parser.add_argument("--dtype", help="weights' type, as in aspo train")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision in bfloat16")
+    parser.add_argument("--no_use_lora", action="store_true", help="full fine-tuning (with a frozen vision tower)")
+    parser.add_argument("--lora_r", type=int, help="rank of the adapters (16)")
+    parser.add_argument("--activation_checkpointing", action="store_true", help="form layers again in the backward")
+    parser.add_argument("--precompute_ref_log_probs", action="store_true", help="no reference is run or held")
+    parser.add_argument("--no_shared_prefix", action="store_true", help="prompt and image for each response")
+    parser.add_argument("--memory", type=float, help="GiB of the device, to say what fits")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `aspo plan`."""
+    for name in ("response_tokens", "prompt_tokens", "pairs", "image_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    config = AspoConfig(
+        output_dir="unused", use_cpu=True, dtype=args.dtype, use_lora=not args.no_use_lora, lora_r=args.lora_r
+    )
+    model = meta_model(args.model, config)
+    own_size = getattr(getattr(base_model(model).config, "vision_config", None), "image_size", None)
+    size = args.image_size or (own_size if isinstance(own_size, int) else 336)
+    image_tokens = _image_tokens(args.model, args.images, size)
+    step = Step(
+        args.pairs,
+        args.prompt_tokens + image_tokens,
+        args.response_tokens,
+        not args.no_shared_prefix,
+        args.precompute_ref_log_probs,
+        torch.bfloat16 if args.bf16 else None,
+        args.activation_checkpointing,
+    )
+    images = (args.images, size)
+    memory = predict(model, step, *images)
+    reference = 0 if config.use_lora or step.cached_reference else memory.weights  # a frozen copy
+    print(_report(step, memory, reference, image_tokens))
+    if args.memory:
+        print(_suggestion(model, step, memory, reference, images, args.memory))
+    return 0
+
+
+def _image_tokens(name: str, images: int, size: int) -> int:
+    """Tokens that a prompt's images become."""
+    if not images:
+        return 0
+    processor = AutoProcessor.from_pretrained(resolve_model(name))
+    if not hasattr(processor, "image_processor"):
+        raise ValueError(f"--images is {images}, but {name} reads text only: pass --images 0")
+    return PromptLength(processor).image_tokens([(size, size)] * images)
+
+
+def _report(step: Step, memory: Memory, reference: int, image_tokens: int) -> str:
+    tree = step.tree()
+    plain = tree.num_unshared_tokens
+    rows = [
+        ("weights", memory.weights),
+        ("reference (a frozen copy)", reference),
+        ("gradients, optimiser state", memory.trained),
+        ("image features", memory.vision),
+        ("activations kept", memory.activations),
+        ("output head", memory.head),
+        ("backward and the rest", memory.backward),
+        ("peak", memory.peak + reference),
+    ]
+    lines = [
+        f"{step.pairs} pairs: prompt {step.prompt} tokens ({image_tokens} of images), responses {step.response}",
+        f"tokens: {tree.num_tokens:,}; each response with its own prompt: {plain:,}"
+        + (f" (sharing saves {1 - tree.num_tokens / plain:.0%})" if step.shared else ""),
+        *(f"  {name:28}{size / MIB:10,.1f} MiB" for name, size in rows if size),
+    ]
+    return "\n".join(lines)
+
+
+def _suggestion(
+    model: Any, step: Step, memory: Memory, reference: int, images: tuple[int, int], gibibytes: float
+) -> str:
+    """The largest batch and token budget within a device's memory: memory is linear in pairs."""
+    more = predict(model, dataclasses.replace(step, pairs=2 * step.pairs), *images)
+    each = max((more.peak - memory.peak) / step.pairs, 1)
+    room = MARGIN * gibibytes * 2**30 - reference
+    pairs = int((room - memory.peak) / each) + step.pairs
+    if pairs < 1:
+        hint = "turn on --activation_checkpointing, --precompute_ref_log_probs, LoRA or a smaller --dtype"
+        return f"not one pair fits into {gibibytes:g} GiB (less {1 - MARGIN:.0%} for the allocator): {hint}"
+    tokens = pairs * step.tree().num_tokens // step.pairs
+    return (
+        f"fits into {gibibytes:g} GiB (less {1 - MARGIN:.0%} for the allocator): "
+        f"--per_device_train_batch_size {pairs}, or --padding_free --token_budget {tokens}"
+    )
