@@ -46,6 +46,14 @@ UNSUPPORTED = {
 }
 
 
+# Option of transformers' Trainer -> why it is refused together with token_budget.
+WITHOUT_BUDGET = {
+    "train_sampling_strategy": "it groups rows by itself; use random or sequential",
+    "dataloader_drop_last": "its batches have no set size, so none is incomplete",
+    "auto_find_batch_size": "it would try the same batches again; lower token_budget",
+}
+
+
 @dataclass
 class AspoConfig(TrainingArguments):
     """Options of `AspoTrainer` and `aspo train`; docs/training.md describes them all.
@@ -230,8 +238,12 @@ class AspoConfig(TrainingArguments):
             raise ValueError(
                 f"training on {self.n_gpu} devices is not supported yet: set CUDA_VISIBLE_DEVICES to name one device"
             )
-        if self.token_budget is not None and self.train_sampling_strategy == "group_by_length":
-            raise ValueError("token_budget groups rows by itself: leave train_sampling_strategy=group_by_length out")
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise ValueError("train_sampling_strategy=batch_rebalance is not supported: use token_budget")
+        if self.token_budget is not None:
+            for name, why in WITHOUT_BUDGET.items():
+                if getattr(self, name) in (True, "group_by_length"):
+                    raise ValueError(f"{name}={getattr(self, name)!r} does not go with token_budget: {why}")
         parse_dtype(self.dtype)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:

@@ -5,18 +5,16 @@ Axes: B rows, R and T rows and columns of the grid, N counted tokens, S sentence
 """
 
 import hashlib
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from aspo.folder import append_row, load_images, row_name, write_rows
-from aspo.grid import NOT_COUNTED, GridItem, Response, grid_inputs, place, tree_layout
-from aspo.illustrated import illustrated_tokens, split_images, with_image_marks
-from aspo.lengths import Length, PromptLength, image_sizes
+from aspo.grid import GridItem, grid_inputs, place, tree_layout
+from aspo.logp_cache import logp_columns
 from aspo.prompts import (
     Prompt,
     encode_prompt,
@@ -24,16 +22,12 @@ from aspo.prompts import (
     end_of_turn,
     generation_inputs,
     named,
-    run_processor,
     tokenizer_of,
 )
+from aspo.readings import Reader, Row
 from aspo.rows import load_rows
-from aspo.sentences import Splitter, check_spans, sentences_without_tokens, split_sentences, token_sentences
+from aspo.sentences import Splitter, split_sentences
 from aspo.validate import response_text, validate_rows
-
-logger = logging.getLogger(__name__)
-
-Row = Mapping[str, Any]
 
 # token_type_ids of a response's tokens, where they are not 0 (text). PaliGemma lets the tokens of type 0 see each other
 # both ways, so that its responses must be of type 1: they would see their own future.
@@ -47,21 +41,7 @@ class ReferenceLogps(Protocol):
         """One (tokens,) fp32 tensor for each response of the row."""
 
 
-class Reading(NamedTuple):
-    """A row's prompt with some images, and the responses that are read behind it, as (role, column).
-
-    text: what the processor gets: the prompt, and with it a response that holds images.
-    """
-
-    group: int
-    row: Row
-    images: list[Any]  # PIL images, or their sizes
-    prompt: Prompt
-    responses: tuple[tuple[int, str], ...]
-    text: str
-
-
-class Collator:
+class Collator(Reader):
     """Rows -> one batch. Each image is decoded and processed once for all responses of its row.
 
     Args:
@@ -86,7 +66,6 @@ class Collator:
         similarity: (S_chosen,) float32, or None where the rows have none.
         ref_logps: (N,) float32 in the layout's order, or None.
         sample_weight: (B,) float32, or None.
-        image_keys: list of str, a hash of each image's pixels, in the order of the image tensors.
         ids: list of str.
     """
 
@@ -101,19 +80,11 @@ class Collator:
         padding_free: bool = False,
         reference: ReferenceLogps | None = None,
     ) -> None:
-        tokenizer = tokenizer_of(processor)
-        if not getattr(tokenizer, "is_fast", False):
-            raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer: sentences need character offsets")
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length is {max_length}; it must be at least 1, or None for no limit")
-        self.processor, self.max_length, self.splitter = processor, max_length, splitter
-        self.responses = tuple(responses)
+        super().__init__(processor, max_length, splitter, responses)
         self.shared_prefix, self.padding_free, self.reference = shared_prefix, padding_free, reference
-        self._prompt_length = PromptLength(processor)
-        self._warned = False
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        readings = [reading for group, row in enumerate(rows) for reading in named(row, self._readings, group, row)]
+        readings = [reading for group, row in enumerate(rows) for reading in named(row, self.readings, group, row)]
         copies = 1
         if not self.shared_prefix:
             if all(len(reading.responses) == len(self.responses) for reading in readings):
@@ -121,8 +92,8 @@ class Collator:
             else:
                 readings = [r._replace(responses=(answer,)) for r in readings for answer in r.responses]
                 readings.sort(key=lambda reading: (reading.responses[0][0], reading.group))
-        prompt_inputs = self._process(readings)
-        items = [self._item(source, reading, prompt_inputs) for source, reading in enumerate(readings)]
+        prompt_inputs = self.process(readings)
+        items = [self.item(source, reading, prompt_inputs) for source, reading in enumerate(readings)]
         if not self.shared_prefix:
             items = [item._replace(responses=item.responses[k : k + 1]) for k in range(copies) for item in items]
         tree = place(items, self.padding_free)
@@ -139,123 +110,13 @@ class Collator:
             "similarity": _all_or_none(rows, [response.similarity for response in chosen]),
             "ref_logps": self._reference_logps(rows, items),
             "sample_weight": _sample_weights(rows),
-            "image_keys": [image_key(image) for reading in readings for image in reading.images] * copies,
             "ids": [str(row.get("id", "")) for row in rows],
         }
 
-    def reading_lengths(self, row: Row) -> tuple[Length, ...]:
-        """(tokens of the prompt with its images, tokens of each response) of every reading of a row; usually one.
-
-        As a batch would have them, from the images' sizes alone. Raises ValueError as a call does.
-        """
-        return tuple(named(row, self._length, reading) for reading in named(row, self._readings, 0, row, image_sizes))
-
-    def _length(self, reading: Reading) -> Length:
-        if reading.text == reading.prompt.text:
-            prompt = self._prompt_length(reading.prompt, reading.images)
-            answers = [self._answer(reading, [0] * prompt, *answer) for answer in reading.responses]
-        else:  # what an image becomes within a response only the processor can say
-            blank = reading._replace(images=[Image.new("RGB", (width, height)) for height, width in reading.images])
-            item = self._item(0, blank, self._process([blank]))
-            prompt, answers = item.prompt - item.responses[0].inside, list(item.responses)
-        return prompt, tuple(len(answer.ids) for answer in answers)
-
-    def _process(self, readings: Sequence[Reading]) -> dict[str, Tensor]:
-        prompts = [reading.prompt._replace(text=reading.text) for reading in readings]
-        return run_processor(self.processor, prompts, [r.images for r in readings], padding_side="right")
-
-    def _item(self, source: int, reading: Reading, prompt_inputs: Mapping[str, Tensor]) -> GridItem:
-        """The reading's item of the grid: row `source` of the processor's tensors with its responses."""
-        length = int(prompt_inputs["attention_mask"][source].sum())
-        ids = prompt_inputs["input_ids"][source, :length].tolist()
-        answers = [named(reading.row, self._answer, reading, ids, *answer) for answer in reading.responses]
-        return GridItem(source, length, tuple(answers))
-
-    def _readings(self, group: int, row: Row, load: Callable[..., list[Any]] = load_images) -> list[Reading]:
-        """The row's prompt with each set of images that a response is read with.
-
-        load: of a row and an image column; `image_sizes` where sizes are enough.
-        """
-        answers = tuple(enumerate(self.responses))
-        columns = ("negative_images", *(f"{column}_images" for column in self.responses))
-        given = {column: load(row, column) for column in columns if row.get(column) is not None}
-        own = [answer for answer in answers if given.get(f"{answer[1]}_images")]
-        images, inside = split_images(row, self.responses, load(row))
-        sets = [(images, tuple(answer for answer in answers if answer not in own and answer[1] not in inside))]
-        sets += [(given[f"{answer[1]}_images"], (answer,)) for answer in own]
-        sets += [(images, (answer,)) for answer in answers if answer[1] in inside and answer not in own]
-        for n, image in enumerate(given.get("negative_images", ())):
-            sets.append(([image], ((len(answers) + n, self.responses[0]),)))
-        readings = []
-        for of_prompt, read in sets:
-            if read:
-                prompt = encode_prompt(self.processor, row["prompt"], of_prompt)
-                illustrations = inside.get(read[0][1], [])
-                text = prompt.text
-                if illustrations:
-                    text = with_image_marks(self.processor, prompt, response_text(row[read[0][1]]))
-                readings.append(Reading(group, row, [*of_prompt, *illustrations], prompt, read, text))
-        return readings
-
-    def _answer(self, reading: Reading, prompt_ids: Sequence[int], role: int, column: str) -> Response:
-        """One response as tokens, cut to what max_length leaves."""
-        row, text = reading.row, response_text(reading.row[column])
-        given = row.get(f"{column}_sentences")
-        similarity = row.get(f"{column}_similarity") if role == 0 else None
-        spans = check_spans(text, given if given is not None else self.splitter(text))
-        offsets: list[tuple[int, int] | None]
-        if reading.text == reading.prompt.text:
-            ids, in_text = encode_response(self.processor, reading.prompt, text)
-            inside, offsets = 0, [*in_text]
-        else:
-            ids, offsets = illustrated_tokens(self.processor, reading.prompt, text, prompt_ids)
-            inside, end = len(ids), end_of_turn(self.processor, reading.prompt)
-            ids, offsets = ids + end, offsets + [(len(text), len(text))] * len(end)
-        if not spans:
-            raise ValueError(f"column {column!r}: the response is empty: drop the row")
-        if similarity is not None and len(similarity) != len(spans):
-            raise ValueError(
-                f"column '{column}_similarity': {len(similarity)} values for {len(spans)} sentences: score again"
-            )
-        counted = iter(token_sentences([offset for offset in offsets if offset is not None], spans, text))
-        sentences = [NOT_COUNTED if offset is None else next(counted) for offset in offsets]
-        missing = sentences_without_tokens(sentences, len(spans))
-        if missing and similarity is not None:
-            words = text[slice(*spans[missing[0]])]
-            raise ValueError(
-                f"column '{column}_sentences': sentence {missing[0]} ({words!r}) has no token "
-                "of its own in this tokenizer: join it to the sentence before and score the row again, or drop the row"
-            )
-        rank = {s: n for n, s in enumerate(sorted(set(sentences) - {NOT_COUNTED}))}
-        sentences = [rank.get(s, NOT_COUNTED) for s in sentences]
-        answer = Response(reading.group, role, ids, sentences, similarity, inside)
-        length = len(prompt_ids) - inside
-        return answer if self.max_length is None else self._cut(row, column, answer, length, self.max_length)
-
-    def _cut(self, row: Row, column: str, answer: Response, prompt_length: int, max_length: int) -> Response:
-        """The response cut to what max_length leaves behind its prompt."""
-        room, length = max_length - prompt_length, len(answer.ids)
-        if room < 1:
-            raise ValueError(
-                f"its prompt alone takes {prompt_length} tokens (image tokens included) of max_length "
-                f"{max_length}; raise max_length or drop the row: prompts and images are never cut"
-            )
-        if length <= room:
-            return answer
-        if answer.inside:
-            raise ValueError(
-                f"its {column} response holds images and takes {length} tokens where max_length {max_length} leaves "
-                f"{room}; raise max_length or drop the row: a response with images is not cut"
-            )
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "%s: its %s response is cut from %d to %d tokens by max_length %d (said once)",
-                row_name(row), column, length, room, max_length,
-            )  # fmt: skip
-        sentences, similarity = answer.sentences[:room], answer.similarity
-        similarity = similarity[: sentences[-1] + 1] if similarity is not None else None
-        return answer._replace(ids=answer.ids[:room], sentences=sentences, similarity=similarity)
+    @property
+    def makes_trees(self) -> bool:
+        """Whether its batches need more than a causal model's own mask and positions."""
+        return self.shared_prefix or self.padding_free
 
     def _reference_logps(self, rows: Sequence[Row], items: Sequence[GridItem]) -> Tensor | None:
         """(N,) the rows' cached reference log-probabilities in the layout's order, or None."""
@@ -278,12 +139,13 @@ class Collator:
         return torch.cat(parts)
 
     def _cached(self, row: Row) -> Sequence[Tensor] | None:
-        if self.reference is not None:
-            return self.reference.get(row)
-        columns = [row.get(f"ref_{column}_logps") for column in self.responses]
-        if any(values is None for values in columns):
-            return None
-        return [torch.tensor(values, dtype=torch.float32) for values in columns]
+        columns = logp_columns(row, self.responses)
+        if self.reference is not None and columns is not None:
+            raise ValueError(
+                "it has reference log-probabilities of its own (ref_chosen_logps, ...) beside those of the cache: drop "
+                "the columns, or turn precompute_ref_log_probs off"
+            )
+        return columns if self.reference is None else self.reference.get(row)
 
 
 def image_key(image: Image.Image) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aspo.folder import image_bytes, image_entries
+from aspo.generation import Answer, generate_answers
 from aspo.metrics import (
     YES_NO_SPLITS,
     Counts,
@@ -24,7 +25,7 @@ from aspo.metrics import (
     minimal_pair_counts,
     yes_no_counts,
 )
-from aspo.model import Answer, generate_answers, response_logps
+from aspo.model import response_logps
 from aspo.world.language import Claim, judge, minimal_pairs, questions, stateable
 from aspo.world.scenes import Scene
 from aspo_kernels.segments import segment_sum

@@ -1,11 +1,11 @@
-"""Loading a model, its hidden states without logits, its output head, answers and log-probabilities.
+"""Loading a model, its hidden states without logits, its output head, and log-probabilities.
 
 Axes: R rows of a padded batch, T padded length, H hidden size, V vocabulary, N counted tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,12 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
-    GenerationConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import is_bitsandbytes_available
 
-from aspo.data import Collator, encode_prompt, end_of_turn, generation_inputs, load_images, tokenizer_of
+from aspo.data import Collator
 from aspo_kernels import SentenceLayout, gather_hidden, linear_logps, linear_logps_pair
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -91,14 +90,18 @@ def load_model(
         config = AutoConfig.from_pretrained(path)
     except OSError as error:
         raise ValueError(f"the model {path!r} is no folder here, and the hub does not give it: {error}") from error
-    sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    auto_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": parse_dtype(dtype), "attn_implementation": attn_implementation}
     if load_in_4bit:
         options |= {"quantization_config": _four_bits(target, options["dtype"]), "device_map": {"": target}}
-    model = auto_class.from_pretrained(path, **options)
+    model = auto_class(config).from_pretrained(path, **options)
     moved: Any = model if load_in_4bit else model.to(target)  # type: ignore[arg-type]
     return moved.eval(), AutoProcessor.from_pretrained(path)
+
+
+def auto_class(config: Any) -> Any:
+    """transformers' class that loads models of a configuration: one that sees, or one that reads text."""
+    sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def _four_bits(device: torch.device, dtype: str | torch.dtype) -> BitsAndBytesConfig:
@@ -243,111 +246,6 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A generated answer: its text, the number of tokens made (with EOS), and whether it ended by itself (EOS)."""
-
-    text: str
-    num_tokens: int
-    finished: bool
-
-
-def generate(model: nn.Module, processor: Any, rows: Sequence[Mapping[str, Any]], **options: Any) -> list[str]:
-    """The texts of `generate_answers` (same options)."""
-    return [answer.text for answer in generate_answers(model, processor, rows, **options)]
-
-
-def generate_answers(
-    model: nn.Module,
-    processor: Any,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    seed: int = 0,
-    batch_size: int = 16,
-    pixel_transform: Callable[[Tensor], Tensor] | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> list[Answer]:
-    """Answer each row's prompt about its images, in batches padded on the left.
-
-    Args:
-        rows: `prompt` and `images` | `image` are read; rows with and without images may be mixed.
-        temperature: 0 = greedy; otherwise samples from softmax(logits / temperature), no top-k or top-p.
-        seed: the batch that starts at row k samples with seed + k, so that a run which goes on at a batch's first row
-            gives what an uninterrupted one would. The caller's random state is left as it was.
-        pixel_transform: applied to the processor's pixel_values of each batch (under the batch's seed), e.g. noise.
-        progress: called with the number of answers after each batch.
-    """
-    if temperature < 0 or max_new_tokens < 1 or batch_size < 1:
-        raise ValueError(
-            f"temperature={temperature} must be >= 0, max_new_tokens={max_new_tokens} and batch_size={batch_size} >= 1"
-        )
-    if not rows:
-        return []
-    outer = base_model(model)
-    config = _generation_config(outer, processor, rows[0], max_new_tokens, temperature)
-    answers: list[Answer] = []
-    with inference(model), torch.random.fork_rng():
-        for start in range(0, len(rows), batch_size):
-            torch.manual_seed(seed + start)
-            batch = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-            answers += _answer_batch(outer, processor, batch, config, pixel_transform)
-            if progress is not None:
-                progress(len(batch))
-    return answers
-
-
-def _answer_batch(
-    model: Any,
-    processor: Any,
-    rows: Sequence[Mapping[str, Any]],
-    config: GenerationConfig,
-    pixel_transform: Callable[[Tensor], Tensor] | None,
-) -> list[Answer]:
-    inputs = generation_inputs(processor, rows)
-    if pixel_transform is not None:
-        if "pixel_values" not in inputs:
-            raise ValueError("pixel_transform was given, but the batch has no pixel_values: its rows have no images")
-        inputs["pixel_values"] = pixel_transform(inputs["pixel_values"])
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    # `generate` takes from the model's own config whatever ours leaves open (no_repeat_ngram_size, min_p, ...): what a
-    # checkpoint's author liked would then decide the answers, and differ between a model and its fine-tuned self.
-    own, model.generation_config = model.generation_config, config
-    try:
-        tokens = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
-    finally:
-        model.generation_config = own
-    return [_finish(row, processor, config.eos_token_id) for row in tokens.tolist()]
-
-
-def _finish(tokens: list[int], processor: Any, ends: list[int]) -> Answer:
-    stop = next((k for k, token in enumerate(tokens) if token in ends), None)
-    length = len(tokens) if stop is None else stop + 1
-    text = tokenizer_of(processor).decode(tokens[:length], skip_special_tokens=True)
-    return Answer(text.strip(), length, stop is not None)
-
-
-def _generation_config(
-    model: PreTrainedModel, processor: Any, row: Mapping[str, Any], max_new_tokens: int, temperature: float
-) -> GenerationConfig:
-    """Greedy or plain sampling; of the model's own generation_config only the ends are kept."""
-    tokenizer = tokenizer_of(processor)
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ends = {own} if isinstance(own, int) else set(own or ())
-    ends.add(end_of_turn(processor, encode_prompt(processor, row["prompt"], load_images(row)))[-1])  # as trained
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        **sampling,
-    )
-
-
-@dataclass(frozen=True)
 class ScoredBatch:
     """logps: (N,) fp32 on the CPU in the layout's order (chosen rows, then rejected rows); layout, similarity and ids
     as the collator made them."""
@@ -364,14 +262,17 @@ def response_logps(
     rows: Sequence[Mapping[str, Any]],
     *,
     batch_size: int = 8,
+    collator: Collator | None = None,
     **collator_options: Any,
 ) -> Iterator[ScoredBatch]:
     """Teacher-forced log-probabilities of both responses of preference rows, batch by batch.
 
-    `collator_options` go to `aspo.data.Collator` (max_length, splitter, ...). For the reference of a LoRA model
-    wrap the loop in `model.disable_adapter()`.
+    `collator` makes plain batches; by default a `Collator(processor, **collator_options)` (max_length, splitter, ...).
+    For the reference of a LoRA model wrap the loop in `model.disable_adapter()`.
     """
-    collator = Collator(processor, **collator_options)
+    collator = collator or Collator(processor, **collator_options)
+    if collator.makes_trees:
+        raise ValueError("response_logps reads plain batches: leave shared_prefix and padding_free off")
     head = output_head(model)
     device = head.weight.device
     for start in range(0, len(rows), batch_size):

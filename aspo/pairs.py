@@ -21,7 +21,8 @@ from torch import Tensor
 
 from aspo.data import append_row, load_rows, row_name, validate_rows
 from aspo.folder import ROWS_FILE, append_line, image_entries, read_lines
-from aspo.model import Answer, generate_answers, load_model
+from aspo.generation import Answer, generate_answers
+from aspo.model import load_model
 from aspo.resume import write_json
 from aspo.scores import progress_bar
 

@@ -54,9 +54,10 @@ def model_logps(
 
     collator_options: those of `aspo.data.Collator` (max_length, responses, ...).
     """
+    collator = Collator(processor, **collator_options)
 
     def logps_fn(rows: Sequence[Row]) -> Iterator[list[Tensor]]:
-        batches = response_logps(model, processor, rows, batch_size=batch_size, **collator_options)
+        batches = response_logps(model, processor, rows, batch_size=batch_size, collator=collator)
         while True:
             with contextlib.ExitStack() as stack:  # not around the yield: what the caller runs there is its own
                 if isinstance(model, PeftModel):
@@ -220,11 +221,9 @@ def cached_reference(
                 "load the rows (aspo.data.load_rows), or turn it off"
             )
         check(cache, rows, logps_fn)
-        missing = cache.missing(rows)
-        if missing:
-            with progress_bar() as bar:
-                task = bar.add_task("reference", total=len(missing))
-                fill(cache, [rows[i] for i in missing], logps_fn, progress=functools.partial(bar.advance, task))
+        with progress_bar() as bar:
+            task = bar.add_task("reference", total=len(rows))
+            fill(cache, rows, logps_fn, progress=functools.partial(bar.advance, task))
     return cache
 
 

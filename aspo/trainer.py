@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
+from aspo.attention import with_route
 from aspo.config import AspoConfig
 from aspo.data import Collator
 from aspo.exact import settle_sharing
@@ -119,15 +120,17 @@ class AspoTrainer(TokenBatches):
         self.model_accepts_loss_kwargs = True  # before loss_is_scaled_for_ga, Trainer asked this
         if self.ref_model is not None:
             self.ref_model.to(args.device)
+        datasets = [d for d in (train_dataset, *_each(eval_dataset)) if d is not None]
+        if args.precompute_ref_log_probs and self.objective.needs_reference:  # by the model as it is, its own attention
+            self._precompute_reference(datasets)
         folder = os.path.join(str(args.output_dir), "vision_cache") if args.vision_cache == "disk" else None
         self.vision = VisionFeatures([self.model, self.ref_model], args.vision_cache, folder)
-        datasets = [d for d in (train_dataset, *_each(eval_dataset)) if d is not None]
         self.route = "mask"
         if data_collator is None and datasets:
             first = list(itertools.islice(datasets[0], ROWS_TO_CHECK))
             self.route = settle_sharing(self.model, self.data_collator, first, args, self._autocast_dtype)
-        if args.precompute_ref_log_probs and self.objective.needs_reference:
-            self._precompute_reference(datasets)
+            if self.ref_model is not None and self.data_collator.makes_trees:
+                with_route(self.ref_model, self.route)
 
     @property
     def _autocast_dtype(self) -> torch.dtype | None:
@@ -305,7 +308,10 @@ class AspoTrainer(TokenBatches):
             if found is None:
                 raise ValueError(f"{self.args.output_dir} has no complete checkpoint to go on from")
             resume_from_checkpoint = str(found)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.vision.flush()
 
     def restore_finished(self, checkpoint: str) -> bool:
         """Load a checkpoint if it is the last one of its run, and say whether it was.

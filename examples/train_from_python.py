@@ -6,7 +6,8 @@ python examples/train_from_python.py runs/example        (about a minute on a CP
 import sys
 
 from aspo.config import AspoConfig
-from aspo.model import generate, load_model
+from aspo.generation import generate
+from aspo.model import load_model
 from aspo.pairs import MADE, answer_pairs, judge
 from aspo.scorers import load_scorer
 from aspo.scores import score_rows

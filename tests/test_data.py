@@ -124,10 +124,10 @@ def test_mixed_batch_of_rows_with_two_one_and_no_images():
 
 
 def test_images_are_decoded_once(monkeypatch):
-    seen = []
-    monkeypatch.setattr(aspo.data, "load_images", lambda row: seen.append(row["id"]) or row["images"])
-    Collator(PROCESSOR)(tiny_rows(3))
-    assert seen == ["row-0", "row-1", "row-2"]
+    rows, seen = tiny_rows(3), []
+    monkeypatch.setattr(aspo.folder, "_open_image", lambda entry, root: seen.append(entry) or entry)
+    Collator(PROCESSOR)(rows)
+    assert [id(entry) for entry in seen] == [id(row["images"][0]) for row in rows]
 
 
 def test_a_text_tokenizer_is_enough_for_text_rows():

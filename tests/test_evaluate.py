@@ -13,9 +13,10 @@ from aspo import evaluate as command
 from aspo import judges
 from aspo.evaluate import evaluate, fingerprint
 from aspo.folder import load_images, write_rows
+from aspo.generation import Answer
 from aspo.judges import Options, scene_counts
 from aspo.metrics import ObjectVocabulary, summarise
-from aspo.model import Answer, load_model
+from aspo.model import load_model
 from aspo.rows import load_rows
 from aspo.world.language import judge, minimal_pairs, questions
 from aspo.world.scenes import HELD_OUT, USUAL, Scene, Thing

@@ -9,11 +9,16 @@ import pytest
 import torch
 from tiny import IMAGE_TOKENS, tiny_image, tiny_processor, tiny_rows, tiny_tokenizer
 
-from aspo.data import Collator, image_key, load_rows, validate_rows, write_rows
+from aspo.data import Collator, load_rows, validate_rows, write_rows
 from aspo.tree import Item, TokenTree
 
 PROCESSOR = tiny_processor()
 MODES = list(itertools.product((False, True), repeat=2))
+
+
+def pixels_of(image):
+    """(3, height, width), as the processor makes it."""
+    return PROCESSOR.image_processor([image], return_tensors="pt")["pixel_values"][0]
 
 
 def contexts(batch):
@@ -46,7 +51,7 @@ def test_every_mode_reads_the_same_tokens(shared, packed):
     tokens = batch["model_inputs"]["attention_mask"].sum()
     assert tokens == batch["tree"].num_tokens and batch["tree"].is_plain == (not shared and not packed)
     images = batch["model_inputs"]["pixel_values"]
-    assert len(images) == len(batch["image_keys"]) == (4 if shared else 8)
+    assert len(images) == (4 if shared else 8)
     assert (batch["model_inputs"]["input_ids"] == PROCESSOR.image_token_id).sum() == IMAGE_TOKENS * len(images)
     assert batch["tree"].num_unshared_tokens == plain["tree"].num_tokens
     assert not packed or tokens == batch["model_inputs"]["input_ids"].numel()
@@ -107,11 +112,9 @@ def test_rejected_images_and_negative_images(shared, packed):
         **{(1, 0): rows[0]["rejected_images"], (1, 1): rows[1]["images"], (1, 2): rows[2]["images"]},
         **{(2 + n, 2): [image] for n, image in enumerate(rows[2]["negative_images"])},
     }
-    for answer, images in expected.items():
-        assert [batch["image_keys"][read_with[answer]]] == [image_key(image) for image in images]
-    pixels = batch["model_inputs"]["pixel_values"]
-    own = PROCESSOR.image_processor([tiny_image("yellow")], return_tensors="pt")["pixel_values"][0]
-    assert torch.equal(pixels[read_with[1, 0]], own)
+    pixels = batch["model_inputs"]["pixel_values"]  # one image an item
+    for answer, (image,) in expected.items():
+        assert torch.equal(pixels[read_with[answer]], pixels_of(image))
     assert len(pixels) == len(tree.items) == (6 if shared else 8)
     chosen = layout.targets.split(layout.response_token_offsets.diff().tolist())
     assert torch.equal(chosen[2], chosen[6]) and torch.equal(chosen[2], chosen[7])
@@ -124,7 +127,8 @@ def test_extra_images_survive_loading_and_writing(tmp_path):
     loaded = load_rows(tmp_path / "rows")
     validate_rows(loaded)
     before, after = (Collator(PROCESSOR, shared_prefix=True)(list(r)) for r in (rows, loaded))
-    assert before["image_keys"] == after["image_keys"] and len(after["image_keys"]) == 5
+    pixels = [batch["model_inputs"]["pixel_values"] for batch in (before, after)]
+    assert torch.equal(*pixels) and len(pixels[0]) == 5
     assert contexts(before) == contexts(after)
     rows[1]["negative_images"] = [str(tmp_path / "missing.png")]
     with pytest.raises(ValueError, match=r"row 1 .*'negative_images': no image file"):
@@ -155,8 +159,9 @@ def test_a_response_that_holds_an_image(shared, packed):
     )
     assert seen[0][0].count(image_id) == IMAGE_TOKENS and seen[offsets[1] - 1][0].count(image_id) == 2 * IMAGE_TOKENS
     assert all(context.count(image_id) == IMAGE_TOKENS for context, _ in seen[offsets[1] :])
-    keys = [image_key(image) for image in images]
-    assert keys[1] in batch["image_keys"] and batch["image_keys"].count(keys[0]) == 2
+    pixels = batch["model_inputs"]["pixel_values"]
+    counts = [sum(torch.equal(own, pixels_of(image)) for own in pixels) for image in images]
+    assert counts == [2, 1]
     assert layout.response_offsets.diff().tolist()[0] == 2  # two sentences; the mark belongs to neither's tokens
 
 
@@ -207,6 +212,9 @@ def test_reference_columns_follow_the_layout(shared, packed):
     with pytest.raises(ValueError, match=r"row 'row-1': \d+ reference log-probabilities for the"):
         Collator(PROCESSOR)(rows)
     del rows[1]["ref_rejected_logps"]
+    with pytest.raises(ValueError, match="row 'row-1': it has 'ref_chosen_logps', but no 'ref_rejected_logps'"):
+        Collator(PROCESSOR)(rows)
+    del rows[1]["ref_chosen_logps"]
     with pytest.raises(ValueError, match="row 'row-1': no reference log-probabilities, but other rows have them"):
         Collator(PROCESSOR)(rows)
 
@@ -215,9 +223,9 @@ def test_rows_with_and_without_images_share_a_pack():
     rows = tiny_rows(3)
     rows[1] = {**rows[1], "images": []}
     batch = Collator(PROCESSOR, shared_prefix=True, padding_free=True)(rows)
-    assert contexts(batch) == contexts(Collator(PROCESSOR)(rows)) and len(batch["image_keys"]) == 2
+    assert contexts(batch) == contexts(Collator(PROCESSOR)(rows)) and len(batch["model_inputs"]["pixel_values"]) == 2
     text = Collator(tiny_tokenizer(), shared_prefix=True)([{**row, "images": []} for row in rows])
-    assert text["image_keys"] == [] and len(text["tree"].items) == 3
+    assert "pixel_values" not in text["model_inputs"] and len(text["tree"].items) == 3
 
 
 # ---- TokenTree ----

@@ -19,10 +19,9 @@ from transformers import (
 from transformers.models.granite.modeling_granite import GraniteForCausalLM
 
 from aspo.data import Collator
+from aspo.generation import generate, generate_answers
 from aspo.model import (
     check_head,
-    generate,
-    generate_answers,
     load_model,
     output_head,
     response_logps,

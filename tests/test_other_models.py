@@ -18,7 +18,8 @@ from transformers import (
 
 from aspo.config import AspoConfig
 from aspo.data import Collator
-from aspo.model import check_head, generate, response_logps
+from aspo.generation import generate
+from aspo.model import check_head, response_logps
 from aspo.policy import vision_tower
 from aspo.trainer import AspoTrainer
 

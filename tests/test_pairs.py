@@ -11,7 +11,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from aspo import pairs
 from aspo.data import Collator, load_rows, validate_rows
-from aspo.model import Answer, generate
+from aspo.generation import Answer, generate
 from aspo.pairs import add_noise, image_seeds, judge, make_pairs, noise_schedule, recorded
 
 

@@ -16,8 +16,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig
 
 from aspo.config import AspoConfig
 from aspo.data import Collator
+from aspo.generation import generate
 from aspo.meters import Meters
-from aspo.model import generate, load_model
+from aspo.model import load_model
 from aspo.policy import add_lora, lora_targets
 from aspo.trainer import AspoTrainer
 from aspo_kernels import objectives, sentence_dpo_loss_from_logits
@@ -413,7 +414,9 @@ def test_rows_without_similarity(make):
         ({"beta": -1.0}, "beta is -1.0; it must be positive"),
         ({"normalizer": "tokens"}, "normalizer is 'tokens'; choose one of"),
         ({"plugins": ["nowhere.py"]}, "nowhere.py is not there"),
-        ({"train_sampling_strategy": "group_by_length", "token_budget": 99}, "token_budget groups rows by itself"),
+        ({"train_sampling_strategy": "group_by_length", "token_budget": 99}, "it groups rows by itself"),
+        ({"dataloader_drop_last": True, "token_budget": 99}, "dataloader_drop_last=True does not go with token_budget"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance is not supported: use token_budget"),
         ({"plugins": ["nowhere"]}, "plugin 'nowhere' cannot be imported"),
         ({"dtype": "int4"}, "int4"),
         ({"kernel_backend": "cuda"}, "kernel_backend is 'cuda'; choose one of auto, torch"),
