@@ -30,7 +30,7 @@ class PairForward:
     """Runs batches of `aspo.data.Collator` through a policy and its reference.
 
     policy: the model that trains, a PeftModel where ref_model is None (the reference is then the model without it).
-    route: how attention is told who sees whom, see `aspo.attention.choose_attention`.
+    route: how attention is told who sees whom, see `aspo.attention.routes_to_try`.
     skip_common: leave out the gradient of tokens with which both responses of a pair begin; right where it cancels
         (`Objective.difference_only`). Their log-probabilities stay.
     backend: of the loss kernels.
@@ -119,7 +119,7 @@ def counted_logps(
 def tree_inputs(model: nn.Module, model_inputs: Mapping[str, Any], tree: TokenTree, route: str) -> dict[str, Any]:
     """Model inputs with positions and attention for a tree; a plain one's are left as they are.
 
-    route: how attention is told who sees whom, see `aspo.attention.choose_attention`.
+    route: how attention is told who sees whom, see `aspo.attention.routes_to_try`.
     """
     if tree.is_plain:
         return dict(model_inputs)

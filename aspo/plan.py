@@ -170,7 +170,7 @@ def predict(model: Any, step: Step, images: int = 0, image_size: int = 0) -> Mem
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
     weights = sum(map(_bytes, tensors))
     trained = sum(_bytes(t) for t in tensors if t.requires_grad)
-    route = routes_to_try(model, dtype=step.autocast)[0]
+    route = routes_to_try(model, dtype=step.autocast, longest=tree.longest_sequence)[0]
     with_route(model, route)
     attention = {} if tree.is_plain else tree_attention_inputs(model, tree, "cpu", route)
     if step.checkpointing:
