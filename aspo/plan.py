@@ -70,12 +70,13 @@ class Memory:
     trained: int  # gradients and optimiser state
     vision: int  # features that live as long as the step
     activations: int  # kept for the backward
-    head: int
+    head: int  # kept for the backward by the head
     peak: int
+    workspace: int = 0  # of the head's kernels while they run; in `peak` where that is the moment
 
     @property
     def backward(self) -> int:
-        """What the backward, or another moment, needs beyond the parts."""
+        """What the backward, or whichever moment takes most, needs beyond the parts."""
         return self.peak - self.weights - self.trained - self.vision - self.activations - self.head
 
 
@@ -191,13 +192,14 @@ def predict(model: Any, step: Step, images: int = 0, image_size: int = 0) -> Mem
             rows = hidden.flatten(0, 1)[torch.zeros(2 * step.pairs * step.response, dtype=torch.long)]
             kept = torch.empty_like(rows)  # what the head keeps to the backward
             loss = (rows * kept).sum()
+            at_head = counter.live
             del hidden
         loss.backward()
         del features
     head, workspace = _head_memory(outer, rows)
-    stepping = weights + 4 * trained  # AdamW: gradient, two moments, and a temporary while it steps
-    peak = max(weights + 2 * trained + counter.peak - _bytes(kept) + head + workspace, stepping)
-    return Memory(weights, 3 * trained, vision, activations, head + workspace, peak)
+    running = max(counter.peak, at_head + workspace) - _bytes(kept) + head + 2 * trained
+    stepping = 4 * trained  # AdamW: gradient, two moments, and a temporary while it steps
+    return Memory(weights, 3 * trained, vision, activations, head, weights + max(running, stepping), workspace)
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -301,7 +303,8 @@ def _image_tokens(name: str, images: int, size: int) -> int:
     processor = AutoProcessor.from_pretrained(resolve_model(name))
     if not hasattr(processor, "image_processor"):
         raise ValueError(f"--images is {images}, but {name} reads text only: pass --images 0")
-    return PromptLength(processor).image_tokens([(size, size)] * images)
+    marks = images  # one token each in the prompt's text, which image_tokens leaves out
+    return PromptLength(processor).image_tokens([(size, size)] * images) + marks
 
 
 def _report(step: Step, memory: Memory, reference: int, image_tokens: int) -> str:

@@ -1,0 +1,112 @@
+"""aspo plan: what it predicts is what a real step allocates; no weight is loaded, nothing is left behind."""
+
+import aspo  # noqa: F401  first: it makes torchvision importable on a CPU torch
+
+# isort: split
+import pytest
+import torch
+from tiny import tiny_llava, tiny_rows
+from transformers import AutoConfig
+
+from aspo import cli, plan
+from aspo.config import AspoConfig
+from aspo.exact import _one_more_pad
+from aspo.model import base_model, load_model
+from aspo.plan import Allocations, Step, meta_model, predict
+from aspo.trainer import AspoTrainer
+
+PROMPT, PAIRS, MAX_LENGTH = "Describe the image. " * 20, 3, 220
+CHOSEN, REJECTED = "The star is red. It is a small star. " * 12, "It is a small star. The star is red. " * 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_llava(tmp_path_factory.mktemp("plan") / "llava")
+
+
+def equal_rows():
+    """Pairs whose responses are cut to one length and have no common start, so that the tree is the planned one."""
+    texts = {"prompt": PROMPT, "chosen": CHOSEN, "rejected": REJECTED}
+    return [{"id": row["id"], "images": row["images"], **texts} for row in tiny_rows(PAIRS)]
+
+
+OPTIONS = [
+    {},
+    {"shared_prefix": "off"},
+    {"precompute_ref_log_probs": True},
+    {"activation_checkpointing": True},
+    {"activation_checkpointing": True, "shared_prefix": "off"},
+    {"use_lora": False},
+    {"bf16": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=[" ".join(o) or "defaults" for o in OPTIONS])
+def test_the_prediction_is_what_a_step_allocates(folder, tmp_path, monkeypatch, options):
+    model, processor = load_model(folder, device="cpu")
+    fixed = {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "loss_type": "dpo"}
+    if not hasattr(AspoConfig, "activation_checkpointing"):  # its name in older transformers
+        options = {k.replace("activation_checkpointing", "gradient_checkpointing"): v for k, v in options.items()}
+    fixed |= {"per_device_train_batch_size": PAIRS, "max_length": MAX_LENGTH, "shared_prefix": "on"}
+    args = AspoConfig(output_dir=str(tmp_path), **{**fixed, **options})
+    trainer = AspoTrainer(model, args, equal_rows(), processing_class=processor)
+    checkpointing = bool(options.get("activation_checkpointing") or options.get("gradient_checkpointing"))
+    if checkpointing:
+        trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    batch = next(iter(trainer.get_train_dataloader()))
+    if args.shared_prefix == "off":  # batches have padding, or transformers would leave their mask out
+        batch = _one_more_pad(batch)
+    trainer.compute_loss(trainer.model, batch).backward()  # what only the first step does
+    trainer.model.zero_grad(set_to_none=True)
+    trainer.model.train()
+    with Allocations() as counter:
+        counter.ignore(*trainer.model.parameters(), *trainer.model.buffers())
+        before = counter.live
+        trainer.compute_loss(trainer.model, batch).backward()
+        measured = counter.peak - before
+    tree = trainer.data_collator(equal_rows())["tree"]
+    lengths = {(item.prefix, item.branches) for item in tree.items}
+    (prefix, branches) = lengths.pop()
+    assert not lengths and prefix + branches[0] == MAX_LENGTH
+    planned = Step(
+        PAIRS, prefix, branches[0], args.shared_prefix == "on", args.precompute_ref_log_probs,
+        torch.bfloat16 if args.bf16 else None, checkpointing,
+    )  # fmt: skip
+    assert planned.tree() == tree
+    meta = meta_model(str(folder), args)
+    monkeypatch.setattr(plan, "_head_memory", lambda outer, rows: (rows.numel() * rows.element_size(), 0))  # not seen
+    memory = predict(meta, planned, 1, 30)
+    trained = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
+    predicted = memory.peak - memory.weights - 2 * trained
+    assert predicted == pytest.approx(measured, rel=0.1), (predicted / measured, memory)
+    weights = sum(t.numel() * t.element_size() for t in (*trainer.model.parameters(), *trainer.model.buffers()))
+    assert memory.weights == weights and memory.trained == 3 * trained
+    assert memory.activations > 0 and memory.backward >= 0
+    assert all(p.is_meta for p in meta.parameters())  # as they were
+
+
+def test_the_command_suggests_what_fits(folder, capsys):
+    command = ["plan", "--model", str(folder), "--response-tokens", "40", "--pairs", "2", "--prompt-tokens", "50"]
+    assert cli.main([*command, "--memory", "0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "prompt 59 tokens (9 of images), responses 40" in out and "sharing saves 30%" in out
+    pairs = int(out.partition("--per_device_train_batch_size ")[2].split(",")[0])
+    model = meta_model(str(folder), AspoConfig(output_dir="unused", use_cpu=True))
+    room = 0.9 * 0.5 * 2**30
+    assert predict(model, Step(pairs, 59, 40), 1, 30).peak <= room < predict(model, Step(pairs + 2, 59, 40), 1, 30).peak
+    assert f"--token_budget {pairs * 139}" in out
+    assert cli.main([*command, "--memory", "0.001"]) == 0
+    assert "not one pair fits into 0.001 GiB" in capsys.readouterr().out
+    assert cli.main([*command[:4], "0"]) == 2 and "--response-tokens is 0" in capsys.readouterr().err
+
+
+def test_no_weights_are_read(folder, tmp_path, capsys):
+    """A folder with configuration and processor alone."""
+    for path in folder.iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert cli.main(["plan", "--model", str(tmp_path), "--response-tokens", "30", "--no_use_lora"]) == 0
+    out = capsys.readouterr().out
+    assert "reference (a frozen copy)" in out and "peak" in out
+    assert base_model(meta_model(str(tmp_path), AspoConfig(output_dir="x", use_cpu=True))).config.model_type == "llava"
+    assert AutoConfig.from_pretrained(tmp_path).model_type == "llava"
