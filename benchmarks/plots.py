@@ -161,12 +161,17 @@ def _hash(source: Path) -> str:
     return hashlib.sha256(source.read_bytes()).hexdigest()
 
 
+def is_stale(target: Path, source: Path) -> bool:
+    """Whether there are figures that a plot was not drawn from."""
+    return source.exists() and (not target.exists() or f"sha256 {_hash(source)}" not in target.read_text())
+
+
 def stale() -> list[str]:
     """The plots that were not drawn from the committed figures, as sentences."""
     return [
         f"{target.relative_to(DOCS.parent)} was not drawn from {source.name}"
         for target, source in PLOTS.items()
-        if source.exists() and (not target.exists() or f"sha256 {_hash(source)}" not in target.read_text())
+        if is_stale(target, source)
     ]
 
 

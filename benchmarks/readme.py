@@ -16,10 +16,12 @@ from benchmarks import model, plots, results
 ROOT = Path(__file__).parent.parent
 HEAD = results.FOLDER / "head.csv"
 GPU = results.FOLDER / "gpu.csv"
+STEP = results.FOLDER / "step.csv"
 DEMO = results.FOLDER / "demo.md"  # the demo's table.md
 DEMO_ROWS = ("figure", "---", "hallucinated sentences", "false claims per item", "coverage", "claim F1",
              "false claims, unusual", "false claims, held-out", "minimal-pair", "yes/no accuracy", "CHAIR_i",
              "unparseable", "tokens")  # fmt: skip
+STEP_RATIOS = ("trl_over_this", "trl_over_this_with_data", "off_over_this", "trl_mib_over_this")
 
 
 def head_table(path: Path = HEAD) -> str:
@@ -45,7 +47,7 @@ def head_table(path: Path = HEAD) -> str:
 
 def head_section() -> str:
     """The README's plots of the loss head and its table; a GPU's first where there are results of one."""
-    drawn = [path.name for path, source in reversed(plots.PLOTS.items()) if source.exists()]
+    drawn = [p.name for p, source in reversed(plots.PLOTS.items()) if source.exists() and p.name.startswith("head")]
     shown = [f"![Time and memory of the loss head](docs/{name})" for name in drawn]
     tables = ([gpu_table()] if GPU.exists() else []) + [head_table()]
     return "\n\n".join([*shown, *tables])
@@ -83,6 +85,27 @@ def gpu_table(path: Path = GPU) -> str:
     return "\n".join(out)
 
 
+def step_section(path: Path = STEP) -> str:
+    """Whole training steps against TRL's DPOTrainer, and the plot of what a shared prefix saves by lengths."""
+    machine, rows = results.read(path)
+    error, steps = max(float(row["loss_error"]) for row in rows), len(rows[0]["losses"].split())
+    out = [
+        f"One run on {machine['threads']} threads of {machine['cpu']}, fp32, medians; torch {machine['torch']}, "
+        f"transformers {machine['transformers']}, TRL {machine['trl']}, commit {machine['commit']}. The losses "
+        f"of the first {steps} steps differ by at most {error:.0e}.",
+        "",
+        "| | step, ms | batch, ms | against TRL | with the batch's making | shared against not | a step's memory, MiB "
+        "| TRL's over this |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        ratios = [f"{row[name]}x" if row[name] else "" for name in STEP_RATIOS]
+        cells = [row["contender"], f"{float(row['step_ms']):,.0f}", f"{float(row['data_ms']):.0f}", *ratios]
+        cells.insert(-1, f"{float(row['step_mib']):,.0f}")
+        out.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*out, "", "![Time of a step with and without a shared prefix](docs/step-cpu.svg)"])
+
+
 def model_section() -> str:
     """The model's predictions for both GPUs."""
     return "\n\n".join(model.table(device) for device in model.DEVICES.values())
@@ -100,7 +123,7 @@ def demo_table(path: Path = DEMO) -> str:
 
 
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"head": head_section, "demo": demo_table},
+    "README.md": {"head": head_section, "step": step_section, "demo": demo_table},
     "docs/performance.md": {"model": model_section},
 }
 
@@ -132,7 +155,7 @@ def main() -> None:
         complaints += plots.stale()
         sys.exit("\n".join([*complaints, "run python -m benchmarks.readme"]) if complaints else None)
     for target, source in plots.PLOTS.items():
-        if source.exists() and plots.stale():
+        if plots.is_stale(target, source):
             plots.draw(source, target)
 
 
