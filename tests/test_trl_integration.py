@@ -255,7 +255,7 @@ def test_the_rows_own_reference_logps_are_used(make):
         ({"precompute_ref_batch_size": 2}, "precompute_ref_batch_size"),
         ({"shared_prefix": "maybe"}, "shared_prefix"),
         ({"pad_to_multiple_of": 8}, "pad_to_multiple_of"),
-        ({"ld_alpha": 0.5}, "ld_alpha"),
+        ({"ld_alpha": 0.0}, "ld_alpha"),
         ({"use_weighting": True}, "use_weighting"),
         ({"f_divergence_type": "js_divergence"}, "f_divergence_type"),
         ({"f_alpha_divergence_coef": 0.7}, "f_alpha_divergence_coef"),

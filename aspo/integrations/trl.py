@@ -25,7 +25,7 @@ from aspo.config import CHOICES, AspoConfig
 from aspo.data import Collator
 from aspo.exact import settle_sharing
 from aspo.forward import PairForward, tree_inputs
-from aspo.integrations.common import forward_runs
+from aspo.integrations.common import forward_runs, refuse
 from aspo.meters import Meters, record
 from aspo.model import check_head, inference, output_head
 from aspo.trainer import ROWS_TO_CHECK
@@ -33,21 +33,29 @@ from aspo.validate import validate_rows
 from aspo.vision import VisionFeatures
 from aspo_kernels import objectives
 
-# TRL's or transformers' option -> why it is refused. Values that do nothing are fine.
-UNSUPPORTED = {
-    "precompute_ref_log_probs": "TRL's cache has neither images nor sentences; give the rows per-token "
-    "ref_chosen_logps and ref_rejected_logps, or train with aspo.trainer.AspoTrainer",
-    "precompute_ref_batch_size": "nothing is computed ahead; leave it out",
-    "pad_to_multiple_of": "batches are as wide as their longest row; leave it out",
-    "ld_alpha": "no objective of ours takes it; train with trl.DPOTrainer",
-    "use_weighting": "WPO is no objective of ours; train with trl.DPOTrainer, or weigh pairs by a column sample_weight",
-    "router_aux_loss_coef": "the router's loss of a mixture of experts is not added; set it to 0",
-    "label_smoothing_factor": "it smooths a token loss that is never computed; for dpo use label_smoothing",
-    "parallelism_config": "a batch must not be cut over processes by tokens; leave it out",
-    "torch_compile": "the loss runs the model's trunk, which would not be compiled; compile the model yourself",
+NO_OBJECTIVE = "no objective of ours takes it; train with trl.DPOTrainer"
+IGNORED = {  # option of TRL's or transformers' -> its harmless value, and what to do instead of another one
+    "precompute_ref_log_probs": (
+        False,
+        "TRL's cache has neither images nor sentences; give the rows per-token ref_chosen_logps and "
+        "ref_rejected_logps, or train with aspo.trainer.AspoTrainer",
+    ),
+    "precompute_ref_batch_size": (None, "nothing is computed ahead"),
+    "pad_to_multiple_of": (None, "batches are as wide as their longest row"),
+    "truncation_mode": ("keep_start", "only the end of a response is ever cut"),
+    "ld_alpha": (None, NO_OBJECTIVE),
+    "f_divergence_type": ("reverse_kl", NO_OBJECTIVE),
+    "f_alpha_divergence_coef": (0.5, NO_OBJECTIVE),
+    "discopop_tau": (0.05, NO_OBJECTIVE),
+    "use_weighting": (False, "weigh pairs by a column sample_weight, or train with trl.DPOTrainer"),
+    "router_aux_loss_coef": (0.0, "the router's loss of a mixture of experts is not added; set it to 0"),
+    "label_smoothing_factor": (0.0, "it smooths a token loss that is never computed; for dpo use label_smoothing"),
+    "parallelism_config": (None, "a batch must not be cut over processes by tokens"),
+    "torch_compile": (
+        False,
+        "the loss runs the model's trunk, which stays as it is; compile that yourself",
+    ),
 }
-DEFAULTS = {"f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5, "discopop_tau": 0.05}
-DEFAULTS["truncation_mode"] = "keep_start"
 REFUSED_COLUMNS = ("tools", "chat_template_kwargs")
 COLUMNS = (
     *("prompt", "chosen", "rejected", "image", "images", "rejected_images", "chosen_images", "negative_images"),
@@ -121,12 +129,7 @@ class AspoDPOConfig(DPOConfig):
                     "trl.DPOTrainer, or write it with aspo_kernels.objectives.register"
                 )
         super().__post_init__()
-        for name, why in UNSUPPORTED.items():
-            if value := getattr(self, name, None):
-                raise ValueError(f"{name}={value!r} is not supported: {why}")
-        for name, default in DEFAULTS.items():
-            if (value := getattr(self, name, default)) != default:
-                raise ValueError(f"{name}={value!r} has no effect on these objectives: leave it at {default!r}")
+        refuse(self, IGNORED)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
