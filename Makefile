@@ -17,13 +17,18 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev  ## the loss head against its peers on this CPU; rewrites benchmarks/results, tables and plots
+bench: $(VENV)/.dev  ## the loss head and whole steps against their peers on this CPU; rewrites benchmarks/results, tables and plots
 	$(BIN)/python -m benchmarks.head
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.step_sweep
 	$(BIN)/python -m benchmarks.readme
 
 smoke: $(VENV)/.dev  ## each benchmark and the demo, small
 	$(BIN)/python -m benchmarks.head --smoke
 	$(BIN)/python -m benchmarks.gpu --device cpu --smoke
+	$(BIN)/python -m benchmarks.step --smoke
+	$(BIN)/python -m benchmarks.step_sweep --smoke
+	$(BIN)/python -m benchmarks.gpu_step --smoke
 	$(BIN)/python -m benchmarks.readme --check
 	$(BIN)/python -m pytest benchmarks --benchmark-disable -k "bf16-random"
 	$(BIN)/aspo demo --quick --out $$(mktemp -d)

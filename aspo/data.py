@@ -51,6 +51,8 @@ class Collator(Reader):
         splitter: cuts responses that come without sentence spans.
         responses: the columns that make the batch's responses, in order; the first one is role 0 (chosen).
         shared_prefix: responses that are read behind the same prompt and images share one copy of them (`aspo.tree`).
+        min_saving: a batch that would have less than this many times the tokens without sharing is left plain: a short
+            prompt before long responses saves little, and costs what sharing costs.
         padding_free: everything in one row, without padding.
         reference: cached log-probabilities of the reference; else the columns ref_chosen_logps, ref_rejected_logps.
 
@@ -77,24 +79,25 @@ class Collator(Reader):
         responses: Sequence[str] = ("chosen", "rejected"),
         *,
         shared_prefix: bool = False,
+        min_saving: float = 1.0,
         padding_free: bool = False,
         reference: ReferenceLogps | None = None,
     ) -> None:
         super().__init__(processor, max_length, splitter, responses)
-        self.shared_prefix, self.padding_free, self.reference = shared_prefix, padding_free, reference
+        self.shared_prefix, self.min_saving = shared_prefix, min_saving
+        self.padding_free, self.reference = padding_free, reference
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         readings = [reading for group, row in enumerate(rows) for reading in named(row, self.readings, group, row)]
-        copies = 1
-        if not self.shared_prefix:
-            if all(len(reading.responses) == len(self.responses) for reading in readings):
-                copies = len(self.responses)  # the usual case: process each prompt once, and repeat what comes of it
-            else:
-                readings = [r._replace(responses=(answer,)) for r in readings for answer in r.responses]
-                readings.sort(key=lambda reading: (reading.responses[0][0], reading.group))
+        together = all(len(reading.responses) == len(self.responses) for reading in readings)
+        if not (self.shared_prefix or together):  # each response with the images that it is read with
+            readings = [r._replace(responses=(answer,)) for r in readings for answer in r.responses]
+            readings.sort(key=lambda reading: (reading.responses[0][0], reading.group))
         prompt_inputs = self.process(readings)
         items = [self.item(source, reading, prompt_inputs) for source, reading in enumerate(readings)]
-        if not self.shared_prefix:
+        copies = 1
+        if together and not (self.shared_prefix and self._saves(items)):
+            copies = len(self.responses)  # of each prompt and its images, processed once
             items = [item._replace(responses=item.responses[k : k + 1]) for k in range(copies) for item in items]
         tree = place(items, self.padding_free)
         aligned, other = _token_aligned(self.processor, prompt_inputs)
@@ -112,6 +115,10 @@ class Collator(Reader):
             "sample_weight": _sample_weights(rows),
             "ids": [str(row.get("id", "")) for row in rows],
         }
+
+    def _saves(self, items: Sequence[GridItem]) -> bool:
+        tree = place(items, self.padding_free)
+        return tree.num_unshared_tokens >= self.min_saving * tree.num_tokens
 
     @property
     def makes_trees(self) -> bool:

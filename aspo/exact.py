@@ -5,6 +5,7 @@ Axes: R rows and T columns of the grid, N counted tokens.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from aspo_kernels import SentenceLayout
 
 logger = logging.getLogger(__name__)
 
+MIN_SAVING = 1.05  # with `auto`: plain rows' tokens over shared ones below which a batch is not worth sharing
 NOISE_FACTOR = 4  # a shared forward may differ from a plain one by this many times what one more pad token changes
 
 
@@ -34,10 +36,13 @@ def settle_sharing(
 ) -> str:
     """Set a collator's shared_prefix and padding_free as `args` say and the model can; returns the attention's route.
 
-    `shared_prefix: auto` falls back to plain rows, saying why. Raises ValueError where something that was asked for is
+    `shared_prefix: auto` falls back to plain rows, saying why, and leaves batches plain where sharing saves nearly
+    nothing. Raises ValueError where something that was asked for is
     not exact for the model.
     """
     collator.padding_free = args.padding_free
+    # A budget is of shared tokens, and must be kept.
+    collator.min_saving = MIN_SAVING if args.shared_prefix == "auto" and args.token_budget is None else 1.0
     if args.shared_prefix == "off" and not args.padding_free:
         if args.prefix_attention != "auto":
             raise ValueError(
@@ -72,7 +77,9 @@ def check_tree(model: nn.Module, collator: Collator, rows: Sequence[Row], route:
       least one rounding step of the largest one);
     - other chosen tokens do not move the rejected response, nor another row.
     """
-    plain = Collator(collator.processor, collator.max_length, collator.splitter, collator.responses)
+    collator, plain = copy.copy(collator), copy.copy(collator)
+    collator.min_saving = 1.0
+    plain.shared_prefix = plain.padding_free = False
     device = output_head(model).weight.device
     with inference(model):
         batch, expected_batch = batch_to(collator(rows), device), batch_to(plain(rows), device)

@@ -87,6 +87,17 @@ def lora_targets(model: Any, names: Sequence[str] | None = None) -> str:
     return rf"{re.escape(prefix)}\.(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(names or linear)))})"
 
 
+def check_attention(model: nn.Module) -> None:
+    """Raise for flash-attention on models whose image or prompt tokens see each other both ways: it drops that."""
+    config: Any = base_model(model).config
+    own = str(config.get_text_config()._attn_implementation)
+    if config.model_type in ("gemma3", "paligemma") and own.startswith("flash"):
+        raise ValueError(
+            f"attn_implementation={own!r} leaves out the image mask of {config.model_type}, and would train another "
+            "model (PaliGemma's responses would see their own future): use sdpa or eager"
+        )
+
+
 def check_liger(model: nn.Module) -> None:
     """Raise where Liger's kernels would be left out without a word: no such package, model type or device."""
     outer: Any = base_model(model)

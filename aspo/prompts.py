@@ -13,6 +13,9 @@ from aspo.validate import IMAGE_PLACEHOLDER
 Row = Mapping[str, Any]
 PREPENDS_IMAGES = {"InstructBlipProcessor"}  # processors that put the image tokens in front of the text themselves
 _PROBE = "ASPOresponseASPO"  # stands for a response, to see what a chat template writes around one
+# Fewest and most images of a prompt, where a processor does not say so itself: PaliGemma's writes BOS into the middle
+# of a prompt without images, InstructBLIP's puts one image in front of each.
+NUMBER_OF_IMAGES = {"InstructBlipProcessor": (1, 1), "PaliGemmaProcessor": (1, None)}
 
 
 class Prompt(NamedTuple):
@@ -45,6 +48,10 @@ def encode_prompt(processor: Any, prompt: str | Sequence[Mapping[str, Any]], ima
         raise ValueError(
             f"{len(images)} images, but {type(processor).__name__} has no image processor: drop the images"
         )
+    fewest, most = NUMBER_OF_IMAGES.get(type(processor).__name__, (0, None))
+    if len(images) < fewest or (most is not None and len(images) > most):
+        wanted = "exactly one image" if most == 1 else "at least one image"
+        raise ValueError(f"{len(images)} images, but {type(processor).__name__} needs {wanted}: drop the row")
     messages = _messages(prompt, len(images))
     template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
     if template is None:
@@ -188,13 +195,18 @@ def run_processor(
         raise ValueError("some prompts of this batch begin with the BOS text and some do not: write them all alike")
     kwargs: dict[str, Any] = {"add_special_tokens": flags.pop(), "padding": True, "padding_side": padding_side}
     if any(images):
-        # Nested where every row has images (some processors know rows only that way), flat where a row has none.
-        kwargs["images"] = list(map(list, images)) if all(images) else [image for row in images for image in row]
+        # Nested, also where a row has none: LLaVA-OneVision, Gemma-3 and SmolVLM misread a flat list.
+        kwargs["images"] = [list(row) for row in images]
     inputs = processor(text=[prompt.text for prompt in prompts], return_tensors="pt", **kwargs)
     wrong = [name for name, value in inputs.items() if not isinstance(value, Tensor)]
     if wrong:
         raise ValueError(f"{type(processor).__name__} gives no tensor for {wrong}: this processor is not supported")
-    return dict(inputs)
+    made = dict(inputs)
+    if "qformer_attention_mask" in made:  # the Q-Former has absolute positions: its padding stays on the right
+        order = made["qformer_attention_mask"].argsort(dim=1, descending=True, stable=True)
+        for name in ("qformer_input_ids", "qformer_attention_mask"):
+            made[name] = made[name].gather(1, order)
+    return made
 
 
 def named(row: Row, function: Any, *args: Any) -> Any:

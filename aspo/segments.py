@@ -59,7 +59,8 @@ class SdpaSegments:
             first = item.prefix + sum(item.branches[:1])
             if block > (first if len(item.branches) < 2 else item.prefix):
                 raise ValueError(f"a block of {block} tokens that see each other goes over the end of {item}'s prefix")
-            sizes |= {(first - block, first), *((n, item.prefix + n) for n in item.branches[1:])}
+            others = [n for n in item.branches[1:] if not again(item.prefix, n)]
+            sizes |= {(first - block, first), *((n, item.prefix + n) for n in others)}
         masks = {
             (n_q, n_k): torch.ones(n_q, n_k, dtype=torch.bool, device=device).tril(n_k - n_q)
             for n_q, n_k in sizes
@@ -90,6 +91,15 @@ class SdpaSegments:
         return torch.cat([_attend_row(items, q, k, v, call) for items, q, k, v in tensors])
 
 
+def again(prefix: int, branch: int) -> bool:
+    """Whether to compute the prefix's queries again with a branch, and drop them.
+
+    It is a square causal call then, which skips the half above its diagonal: (prefix + branch)^2 / 2 pairs, where a
+    mask over the branch's queries takes branch (prefix + branch), hidden pairs too.
+    """
+    return prefix < branch
+
+
 def _attend_row(
     items: list[tuple[Item, int]], query: Tensor, key: Tensor, value: Tensor, call: Callable[..., Tensor]
 ) -> Tensor:
@@ -114,10 +124,13 @@ def _attend_row(
         if block:
             out.append(call(q[:, :, :block], k[:, :, :block], v[:, :, :block], causal=False))
         out.append(call(q[:, :, block:], k, v))
-        prefix = [x[:, :, : item.prefix] for x in (k, v)]
-        for _ in item.branches[1:]:
-            q, k, v = next(pieces)
-            out.append(call(q, *(torch.cat(pair, 2) for pair in zip(prefix, (k, v), strict=True))))
+        prefix = [x[:, :, : item.prefix] for x in (q, k, v)]
+        for length in item.branches[1:]:
+            q, k, v = (torch.cat(pair, 2) for pair in zip(prefix, next(pieces), strict=True))
+            if again(item.prefix, length):
+                out.append(call(q, k, v)[:, item.prefix :])
+            else:
+                out.append(call(q[:, :, item.prefix :], k, v))
     out.append(padding(*next(pieces)))
     return torch.cat(out, 1)
 

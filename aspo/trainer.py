@@ -25,7 +25,7 @@ from aspo.forward import PairForward, tree_inputs
 from aspo.meters import Meters, record
 from aspo.model import base_model, check_head, inference, load_model, output_head
 from aspo.packing import TokenBatches
-from aspo.policy import MERGE, check_liger, disable_dropout, load_weights, policy_and_reference
+from aspo.policy import MERGE, check_attention, check_liger, disable_dropout, load_weights, policy_and_reference
 from aspo.reference import cached_reference
 from aspo.resume import SaveHistory, last_checkpoint
 from aspo.vision import VisionFeatures
@@ -96,6 +96,7 @@ class AspoTrainer(TokenBatches):
         needs_copy = self.objective.needs_reference and not args.precompute_ref_log_probs
         model, self.ref_model = policy_and_reference(model, args, ref_model, needs_copy)
         output_head(model)  # refuses an adapter on the head before anything runs
+        check_attention(model)
         if args.use_liger_kernel:
             check_liger(model)
         if args.disable_dropout:

@@ -81,7 +81,7 @@ def draw(source: Path, target: Path) -> None:
 
     header, rows = results.read(source)
     plt.rcParams.update({"svg.hashsalt": "aspo", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure = (_draw_lengths if "tokens_off_over_on" in rows[0] else _draw_heads)(header, rows)
+    figure = (_draw_lengths if "tokens_off_over_auto" in rows[0] else _draw_heads)(header, rows)
     target.parent.mkdir(exist_ok=True)
     figure.savefig(target, metadata={"Date": None, "Description": f"sha256 {_hash(source)}"})
     plt.close(figure)
@@ -129,7 +129,7 @@ def _draw_lengths(header: dict[str, str], rows: Sequence[dict[str, str]]) -> Any
     for response, (color, marker) in zip(sorted({int(row["response"]) for row in rows}), LINES, strict=False):
         mine = sorted((row for row in rows if int(row["response"]) == response), key=lambda row: int(row["prompt"]))
         x = [int(row["prompt"]) for row in mine]
-        times, tokens = ([float(row[name]) for row in mine] for name in ("off_over_on", "tokens_off_over_on"))
+        times, tokens = ([float(row[name]) for row in mine] for name in ("off_over_auto", "tokens_off_over_auto"))
         axis.plot(x, times, marker=marker, color=color, label=f"{response:,} tokens a response")
         axis.plot(x, tokens, color=color, linewidth=0.8, linestyle=":")
     axis.plot([], [], color="#777777", linewidth=0.8, linestyle=":", label="tokens saved alone")

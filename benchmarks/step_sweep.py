@@ -1,4 +1,4 @@
-"""What the shared prefix saves, by the lengths of prompt and response: the toy's whole step with it on and off.
+"""What the shared prefix saves, by the lengths of prompt and response: the toy's whole step, off and as `auto` has it.
 
 python -m benchmarks.step_sweep                writes benchmarks/results/step_sweep.csv
 python -m benchmarks.step_sweep --smoke        two tiny cases, writes nothing: for CI
@@ -22,8 +22,8 @@ from benchmarks.timing import Clock, interleaved
 RESULTS = results.FOLDER / "step_sweep.csv"
 SIDES = (112, 224, 336, 448)  # pixels: 64, 256, 576, 1024 image tokens
 RESPONSES = (32, 256, 1024)
-MODES = tuple(Contender(mode, True, {"shared_prefix": mode, "vision_cache": "step"}) for mode in ("off", "on"))
-FIELDS = ("prompt", "response", "off_ms", "on_ms", "off_over_on", "tokens_off_over_on")
+MODES = tuple(Contender(mode, True, {"shared_prefix": mode, "vision_cache": "step"}) for mode in ("off", "auto"))
+FIELDS = ("prompt", "response", "off_ms", "auto_ms", "off_over_auto", "tokens_off_over_auto")
 
 
 def compare(shape: Shape, responses: tuple[int, ...], rounds: int) -> list[Row]:
@@ -39,14 +39,14 @@ def compare(shape: Shape, responses: tuple[int, ...], rounds: int) -> list[Row]:
         collated = {name: one.collate(batch) for name, one in steppers.items()}
         trees = {name: found["tree"] for name, found in collated.items()}
         runs = {name: turns(one.step, [collated[name]]) for name, one in steppers.items()}
-        off, on = (statistics.median(times) for times in interleaved(runs, Clock("cpu"), rounds, warm=True).values())
+        off, auto = (statistics.median(times) for times in interleaved(runs, Clock("cpu"), rounds, warm=True).values())
         rows.append({
-            "prompt": trees["on"].items[0].prefix,
+            "prompt": trees["auto"].items[0].prefix,
             "response": response,
             "off_ms": round(off, 1),
-            "on_ms": round(on, 1),
-            "off_over_on": round(off / on, 2),
-            "tokens_off_over_on": round(trees["off"].num_tokens / trees["on"].num_tokens, 2),
+            "auto_ms": round(auto, 1),
+            "off_over_auto": round(off / auto, 2),
+            "tokens_off_over_auto": round(trees["off"].num_tokens / trees["auto"].num_tokens, 2),
         })  # fmt: skip
         print("  " + ", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     return rows

@@ -84,7 +84,7 @@ def test_the_readmes_table_of_steps(tmp_path: Path) -> None:
 
 
 def test_the_plot_of_lengths(tmp_path: Path) -> None:
-    rows = [{"prompt": p, "response": r, "off_over_on": 1 + p / r, "tokens_off_over_on": 1.5}
+    rows = [{"prompt": p, "response": r, "off_over_auto": 1 + p / r, "tokens_off_over_auto": 1.5}
             for p in (84, 276) for r in (32, 128)]  # fmt: skip
     about = {"cpu": "a CPU", "threads": "2", "torch": "2", "commit": "abc"}
     results.write(tmp_path / "sweep.csv", about, rows, step_sweep.FIELDS)

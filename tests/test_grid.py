@@ -85,6 +85,22 @@ def test_responses_without_a_common_start_are_all_distinct():
     assert Collator(PROCESSOR, shared_prefix=True)([row])["distinct"] is None
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_that_would_save_little_is_left_plain(packed):
+    rows = tiny_rows(3)
+    shared = Collator(PROCESSOR, shared_prefix=True, padding_free=packed)(rows)["tree"]
+    saving = shared.num_unshared_tokens / shared.num_tokens
+    batches = [
+        Collator(PROCESSOR, shared_prefix=True, min_saving=saving + change, padding_free=packed)(rows)
+        for change in (-0.01, 0.01)
+    ]
+    plain = Collator(PROCESSOR, padding_free=packed)(rows)
+    assert 1.3 < saving < 2 and batches[0]["tree"] == shared and batches[1]["tree"] == plain["tree"]
+    for name, value in plain["model_inputs"].items():
+        assert torch.equal(batches[1]["model_inputs"][name], value)
+    assert contexts(batches[1]) == contexts(plain) == contexts(batches[0])
+
+
 def test_several_responses_share_one_prefix():
     rows = [{**row, "third": "There is one star only."} for row in tiny_rows(2)]
     columns = ("chosen", "rejected", "third")

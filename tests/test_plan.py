@@ -93,7 +93,7 @@ def test_the_command_suggests_what_fits(folder, capsys):
     pairs = int(out.partition("--per_device_train_batch_size ")[2].split(",")[0])
     model = meta_model(str(folder), AspoConfig(output_dir="unused", use_cpu=True))
     room = 0.9 * 0.5 * 2**30
-    assert predict(model, Step(pairs, 59, 40), 1, 30).peak <= room < predict(model, Step(pairs + 2, 59, 40), 1, 30).peak
+    assert 0.85 * room < predict(model, Step(pairs, 59, 40), 1, 30).peak <= room  # linear but for the tiles' steps
     assert f"--token_budget {pairs * 139}" in out
     assert cli.main([*command, "--memory", "0.001"]) == 0
     assert "not one pair fits into 0.001 GiB" in capsys.readouterr().out
