@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 MIN_SAVING = 1.05  # with `auto`: plain rows' tokens over shared ones below which a batch is not worth sharing
 NOISE_FACTOR = 4  # a shared forward may differ from a plain one by this many times what one more pad token changes
+# Rounding steps of the largest log-probability that count as noise where a pad token changes nothing, as on a CPU.
+# SmolLM2-135M (30 layers): at most 3.2 steps in fp32, 1.1 in bf16; on average 1/16 and 1/45 of that.
+ROUNDINGS = {torch.float32: 4, torch.float64: 4}
+MEAN_SHARE = 20
 
 
 def settle_sharing(
@@ -61,7 +65,7 @@ def settle_sharing(
         for route in routes:
             with_route(model, route)
             with torch.autocast(output_head(model).weight.device.type, autocast, enabled=autocast is not None):
-                reason = check_tree(model, collator, rows, route)
+                reason = check_tree(model, collator, rows, route, autocast)
             if reason is None:
                 return route
             reasons.append(f"{'shared' if shared else 'packed'} rows by {route} attention: {reason}")
@@ -69,12 +73,14 @@ def settle_sharing(
     raise ValueError(f"{option} is not exact for this model; turn it off. {'; '.join(reasons)}")
 
 
-def check_tree(model: nn.Module, collator: Collator, rows: Sequence[Row], route: str) -> str | None:
+def check_tree(
+    model: nn.Module, collator: Collator, rows: Sequence[Row], route: str, autocast: torch.dtype | None = None
+) -> str | None:
     """Why a collator's shared or packed batches are not exact for this model; None where they are.
 
     On `rows`, without gradients and without dropout:
-    - log-probabilities agree with plain rows within NOISE_FACTOR times what one more pad token changes there (and at
-      least one rounding step of the largest one);
+    - log-probabilities agree with plain rows within NOISE_FACTOR times what one more pad token changes there, or what
+      rounding does (ROUNDINGS steps of the largest one), and on average within a MEAN_SHARE-th of that;
     - other chosen tokens do not move the rejected response, nor another row.
     """
     collator, plain = copy.copy(collator), copy.copy(collator)
@@ -92,15 +98,16 @@ def check_tree(model: nn.Module, collator: Collator, rows: Sequence[Row], route:
             moved = _logps(model, _other_chosen(batch), route)
         except (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError) as error:
             return f"the model cannot run it ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    rounding = torch.finfo(output_head(model).weight.dtype).eps * expected.abs().max()
+    dtype = output_head(model).weight.dtype if autocast is None else autocast
+    rounding = ROUNDINGS.get(dtype, 1) * torch.finfo(dtype).eps * expected.abs().max()
     tolerance = NOISE_FACTOR * torch.maximum(noise, rounding)
     reasons = []
-    difference = (logps - expected).abs().max()
-    if not difference <= tolerance:
+    difference = (logps - expected).abs()
+    if not (difference.max() <= tolerance and difference.mean() <= tolerance / MEAN_SHARE):
         reasons.append(
-            f"its log-probabilities differ by {float(difference):.2g} nats from those of plain rows, where one more "
-            f"pad token makes {float(noise):.2g} (linear-attention or state-space layers, image attention that "
-            "sees the prefix's end, or absolute positions do this)"
+            f"its log-probabilities differ by {float(difference.max()):.2g} nats ({float(difference.mean()):.2g} on "
+            f"average) from those of plain rows, where one more pad token makes {float(noise):.2g} (linear-attention "
+            "or state-space layers, image attention that sees the prefix's end, or absolute positions do this)"
         )
     leak = (moved - logps).abs()[~_of_first_chosen(batch["layout"])].max()
     if not leak <= tolerance:

