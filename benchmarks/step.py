@@ -16,6 +16,7 @@ import copy
 import gc
 import itertools
 import logging
+import os
 import statistics
 import subprocess
 import sys
@@ -220,9 +221,11 @@ def memory_of(name: str, shape: Shape, response: int) -> tuple[float, float]:
 
 
 def measure_memory(name: str) -> tuple[float, float]:
-    """`memory_of` of the toy in a fresh process."""
+    """`memory_of` of the toy in a fresh process, whose allocator gives back what is freed: glibc keeps blocks below
+    its threshold, hundreds of MiB of them, and how many differs from run to run."""
     command = [sys.executable, "-m", "benchmarks.step", "--memory", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
     extra, peak = done.stdout.strip().splitlines()[-1].split()
