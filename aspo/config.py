@@ -226,6 +226,10 @@ class AspoConfig(TrainingArguments):
         if self.use_liger_kernel:  # for the body alone: its loss would be another one, and is never run
             self.liger_kernel_config = {"fused_linear_cross_entropy": False, **(self.liger_kernel_config or {})}
         self._refuse_unsupported()
+        accelerator: Any = self.accelerator_config
+        if accelerator.dispatch_batches:
+            raise ValueError("accelerator_config.dispatch_batches is on, but one process reads all rows: turn it off")
+        accelerator.dispatch_batches = False  # accelerate would cut every tensor of a stream's batch along dim 0
         self._settle_objective()
         self._settle_lora()
 
@@ -263,6 +267,8 @@ class AspoConfig(TrainingArguments):
                 f"{len(self.loss_weights)} loss_weights for {len(self.loss_type)} loss_type; give one weight for each"
             )
         objective = self.objective()
+        if self.precompute_ref_log_probs and not objective.needs_reference:
+            raise ValueError(f"precompute_ref_log_probs is on, but {objective.name} reads no reference: turn it off")
         given = [name for name in OBJECTIVE_OPTIONS if getattr(self, name) is not None]
         if isinstance(self.objective_kwargs, str):
             raise ValueError(f"objective_kwargs is {self.objective_kwargs!r}; write JSON, e.g. '{{\"margin\": 0.5}}'")

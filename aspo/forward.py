@@ -50,24 +50,29 @@ class PairForward:
         The batch's model inputs and layout are on the model's device. Cached reference log-probabilities
         (`ref_logps`) are taken as they are.
         """
-        layout, distinct, tree = batch["layout"], batch.get("distinct"), batch.get("tree")
+        layout, distinct = batch["layout"], batch.get("distinct")
         distinct = None if distinct is None else distinct.to(layout.targets.device)
-        inputs = batch["model_inputs"]
-        inputs = inputs if tree is None else tree_inputs(self.policy, inputs, tree, self.route)
+        inputs = self._inputs(self.policy, batch)
         ref_logps = batch.get("ref_logps") if with_reference else None
         with self.vision.step() if self.vision is not None else nullcontext():
             ref_rows = None
             if with_reference and ref_logps is None:
-                ref_rows = self._reference_rows(inputs, layout, distinct)
+                of_reference = inputs if self.ref_model is None else self._inputs(self.ref_model, batch)
+                ref_rows = self._reference_rows(of_reference, layout, distinct)
             rows = counted_rows(trunk_hidden(self.policy, inputs), layout, distinct)
         head = output_head(self.policy)
         if ref_rows is not None and self.ref_model is not None:
             with torch.no_grad():
-                of_reference = output_head(self.ref_model)
-                ref_logps, _ = counted_logps(of_reference, ref_rows, None, layout, distinct, False, self.backend)
+                ref_head = output_head(self.ref_model)
+                ref_logps, _ = counted_logps(ref_head, ref_rows, None, layout, distinct, False, self.backend)
             ref_rows = None
         logps, stacked = counted_logps(head, rows, ref_rows, layout, distinct, self.skip_common, self.backend)
         return logps, stacked if ref_rows is not None else ref_logps
+
+    def _inputs(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A model's own: a reference may have another attention implementation, window or way to count positions."""
+        inputs, tree = batch["model_inputs"], batch.get("tree")
+        return inputs if tree is None else tree_inputs(model, inputs, tree, self.route)
 
     def _reference_rows(self, inputs: Mapping[str, Any], layout: SentenceLayout, distinct: Distinct | None) -> Tensor:
         model: Any = self.policy if self.ref_model is None else self.ref_model

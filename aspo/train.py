@@ -271,7 +271,8 @@ def run_record(config: AspoConfig, rows: Any) -> dict[str, Any]:
 def fingerprint(rows: Any) -> str:
     """A hash of everything in preference rows but their images."""
     digest = hashlib.sha256()
-    for name in ("id", "prompt", "chosen", "rejected", "chosen_sentences", "chosen_similarity", "sample_weight"):
+    names = ("id", "prompt", "chosen", "rejected", "chosen_sentences", "chosen_similarity", "sample_weight")
+    for name in (*names, "ref_chosen_logps", "ref_rejected_logps"):
         if name in rows.column_names:
             digest.update(json.dumps([name, list(rows[name])], default=str).encode())
     return digest.hexdigest()

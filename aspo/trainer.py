@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerState, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from aspo.attention import with_route
 from aspo.config import AspoConfig
 from aspo.data import Collator
-from aspo.exact import settle_sharing
+from aspo.exact import check_tree, settle_sharing
 from aspo.forward import PairForward, tree_inputs
 from aspo.meters import Meters, record
 from aspo.model import base_model, check_head, inference, load_model, output_head
@@ -49,7 +50,8 @@ class AspoTrainer(TokenBatches):
         args: the options.
         train_dataset, eval_dataset: rows as `aspo.data` describes them (a datasets.Dataset or any sequence of dicts).
         processing_class: the model's processor, or its tokenizer where it reads text only.
-        data_collator: other than `aspo.data.Collator(processing_class, args.max_length)`.
+        data_collator: other than `aspo.data.Collator(processing_class, args.max_length)`. What a Collator shares and
+            packs is set by args.
         ref_model: a reference of your own. Default: the base model with the adapter off (LoRA), or a frozen copy of
             the model as it is given here (full fine-tuning).
 
@@ -87,8 +89,8 @@ class AspoTrainer(TokenBatches):
         self.objective: objectives.Objective = args.objective()
         self.objective_options = args.objective_options()
         self._needs_similarity = "aspo" in args.loss_type and self.objective_options["alpha"] > 0
-        for dataset in (train_dataset, *_each(eval_dataset)):
-            if hasattr(dataset, "__getitem__") and len(dataset):  # a stream is checked as it comes
+        for dataset in (train_dataset, *_each(eval_dataset)):  # a stream is checked as it comes
+            if hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset) and len(dataset):
                 self._require_similarity(dataset[0].get("chosen_similarity"))
 
         self._starts_at_reference = ref_model is None and not isinstance(model, PeftModel)
@@ -126,21 +128,46 @@ class AspoTrainer(TokenBatches):
             self._precompute_reference(datasets)
         folder = os.path.join(str(args.output_dir), "vision_cache") if args.vision_cache == "disk" else None
         self.vision = VisionFeatures([self.model, self.ref_model], args.vision_cache, folder)
-        self.route = "mask"
-        if data_collator is None and datasets:
-            first = list(itertools.islice(datasets[0], ROWS_TO_CHECK))
-            self.route = settle_sharing(self.model, self.data_collator, first, args, self._autocast_dtype)
-            if self.ref_model is not None and self.data_collator.makes_trees:
-                with_route(self.ref_model, self.route)
+        self.route = self._settle_sharing(datasets, check_reference=ref_model is not None)
 
     @property
     def _autocast_dtype(self) -> torch.dtype | None:
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.accelerator.mixed_precision))
 
+    def _settle_sharing(self, datasets: Sequence[Any], check_reference: bool) -> str:
+        """Set what the collator shares and packs, as far as the first rows show it exact; returns attention's route.
+
+        check_reference: for the reference too, which may be another kind of model.
+        """
+        args, collator, autocast = self.args, self.data_collator, self._autocast_dtype
+        first = next((rows for d in datasets if (rows := list(itertools.islice(d, ROWS_TO_CHECK)))), [])
+        if not isinstance(collator, Collator) or not first:
+            if args.shared_prefix == "on" or args.padding_free or args.prefix_attention != "auto":
+                needs = "train_dataset or eval_dataset, to check that it is exact" if not first else (
+                    f"aspo.data.Collator, not {type(collator).__name__}: leave data_collator out"
+                )  # fmt: skip
+                raise ValueError(
+                    f"shared_prefix={args.shared_prefix!r}, padding_free={args.padding_free} and "
+                    f"prefix_attention={args.prefix_attention!r} need {needs}"
+                )
+            return "mask"
+        if collator.makes_trees:
+            raise ValueError("shared_prefix or padding_free is on in data_collator: set it in args, which decide")
+        route = settle_sharing(self.model, collator, first, args, autocast)
+        if self.ref_model is not None and collator.makes_trees:
+            with_route(self.ref_model, route)
+            with self.accelerator.autocast():
+                reason = check_tree(self.ref_model, collator, first, route, autocast) if check_reference else None
+            if reason is not None:
+                raise ValueError(f"ref_model cannot take shared or packed rows: {reason}; set shared_prefix to off")
+        return route
+
     def _precompute_reference(self, datasets: Sequence[Any]) -> None:
         """Fill the cache with what it lacks of all rows, check a sample, and let go of a reference of its own."""
         if not isinstance(self.data_collator, Collator):
             raise ValueError("precompute_ref_log_probs needs aspo.data.Collator: leave data_collator out")
+        if isinstance(self.ref_model, PeftModel):  # the cache is of a model without its adapter
+            raise ValueError(f"ref_model is an adapter, and precompute_ref_log_probs reads plain models: {MERGE}")
         folder = self.args.reference_cache or os.path.join(str(self.args.output_dir), "reference")
         reference = self.model if self.ref_model is None else self.ref_model
         self.data_collator.reference = cached_reference(
@@ -263,6 +290,8 @@ class AspoTrainer(TokenBatches):
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._meters["eval"].drain().items()}
         loss = {f"{metric_key_prefix}_loss": self._eval_loss[0] / max(self._eval_loss[1], 1)}
+        if not self.is_in_train:  # else `train` does, with the training rows'
+            self.vision.flush()
         return output._replace(metrics={**(output.metrics or {}), **loss, **metrics})
 
     # ---- logging ----

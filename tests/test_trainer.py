@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llava, tiny_rows, tiny_tokenizer
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM
 
@@ -33,12 +33,18 @@ def folder(tmp_path_factory):
 def make(folder, tmp_path):
     """make(rows, **options) -> a trainer on a fresh copy of the tiny model."""
 
-    def build(rows=None, eval_rows=None, model=None, ref_model=None, **options):
+    def build(rows=None, eval_rows=None, model=None, ref_model=None, data_collator=None, **options):
         own, processor = load_model(folder)
         defaults = {"save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "lr_scheduler_type": "constant"}
         args = AspoConfig(output_dir=str(tmp_path / "out"), **{**defaults, **options})
         return AspoTrainer(
-            model or own, args, tiny_rows(4) if rows is None else rows, eval_rows, processor, ref_model=ref_model
+            model or own,
+            args,
+            tiny_rows(4) if rows is None else rows,
+            eval_rows,
+            processor,
+            data_collator=data_collator,
+            ref_model=ref_model,
         )
 
     return build
@@ -315,6 +321,76 @@ def test_a_reference_of_ones_own(make, folder):
         make(ref_model=other, use_lora=False, loss_type="dpo", beta=1.0, max_steps=1).train()
 
 
+@pytest.mark.parametrize("implementations", [("sdpa", "eager"), ("eager", "sdpa")])
+def test_a_reference_with_another_attention_is_told_who_sees_whom_in_its_own_way(make, folder, implementations):
+    """SDPA's mask is of booleans, eager's is added: one for both would let the reference see both responses."""
+    policy, reference = (load_model(folder, attn_implementation=name)[0] for name in implementations)
+    trainer = make(model=policy, ref_model=reference, shared_prefix="on", prefix_attention="mask", loss_type="dpo")
+    inputs, _ = trainer.pair_losses(trainer.data_collator(tiny_rows(3)))
+    torch.testing.assert_close(inputs.ref_logps, inputs.logps, rtol=0, atol=1e-5)
+
+
+def test_a_reference_that_cannot_share_is_refused(make, folder, monkeypatch):
+    other, _ = load_model(folder)
+    monkeypatch.setattr("aspo.trainer.check_tree", lambda *_: "it leaks")
+    with pytest.raises(ValueError, match="ref_model cannot take shared or packed rows: it leaks; set shared_prefix"):
+        make(ref_model=other)
+
+
+def test_an_adapter_as_the_reference_is_not_cached_without_it(make, folder):
+    adapted = get_peft_model(load_model(folder)[0], LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    with pytest.raises(ValueError, match=r"ref_model is an adapter.*merge it into its base"):
+        make(ref_model=adapted, precompute_ref_log_probs=True)
+
+
+# ---- what rows and collators come as ----
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_a_stream_trains_and_evaluates_as_a_list_does(make, padding_free):
+    rows = [{**row, "sample_weight": float(n)} for n, row in enumerate(tiny_rows(6))]
+    ends = []
+    for given in (rows, Stream(rows)):
+        options = {"padding_free": padding_free, "train_sampling_strategy": "sequential", "learning_rate": 1e-2}
+        trainer = make(given, max_steps=3, loss_type="dpo", **options)
+        trainer.train()
+        ends.append((trainable(trainer), trainer.evaluate(given)["eval_loss"]))
+    (listed, listed_loss), (streamed, streamed_loss) = ends
+    assert streamed_loss == listed_loss
+    for name, value in listed.items():
+        torch.testing.assert_close(streamed[name], value, rtol=0, atol=0)
+
+
+def test_a_collator_of_ones_own_shares_as_args_say(make, folder):
+    processor = load_model(folder)[1]
+    trainer = make(data_collator=Collator(processor), shared_prefix="on", padding_free=True)
+    assert trainer.data_collator.shared_prefix and trainer.data_collator.padding_free and trainer.route == "segments"
+    with pytest.raises(ValueError, match="set it in args"):
+        make(data_collator=Collator(processor, shared_prefix=True))
+
+
+@pytest.mark.parametrize("option", [{"shared_prefix": "on"}, {"padding_free": True}, {"prefix_attention": "mask"}])
+def test_sharing_that_cannot_be_checked_is_refused(make, option):
+    with pytest.raises(ValueError, match=r"need aspo.data.Collator, not function: leave data_collator out"):
+        make(data_collator=lambda rows: rows, **option)
+    with pytest.raises(ValueError, match="need train_dataset or eval_dataset"):
+        make(rows=[], **option)
+    assert make(rows=[]).route == "mask"
+
+
+def test_features_on_disk_are_written_by_an_evaluation_alone(make, tmp_path):
+    make(eval_rows=tiny_rows(2), vision_cache="disk").evaluate()
+    assert list((tmp_path / "out" / "vision_cache").glob("*/*.safetensors"))
+
+
 # ---- precision and memory options ----
 
 
@@ -416,6 +492,8 @@ def test_rows_without_similarity(make):
         ({"plugins": ["nowhere.py"]}, "nowhere.py is not there"),
         ({"train_sampling_strategy": "group_by_length", "token_budget": 99}, "it groups rows by itself"),
         ({"dataloader_drop_last": True, "token_budget": 99}, "dataloader_drop_last=True does not go with token_budget"),
+        ({"loss_type": "simpo", "precompute_ref_log_probs": True}, "simpo reads no reference: turn it off"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches is on"),
         ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance is not supported: use token_budget"),
         ({"plugins": ["nowhere"]}, "plugin 'nowhere' cannot be imported"),
         ({"dtype": "int4"}, "int4"),
