@@ -48,8 +48,9 @@ def policy_and_reference(
 
 def vision_tower(model: Any) -> nn.Module | None:
     """The image encoder of a vision-language model, or None."""
-    encoder = model.get_encoder(modality="image")
-    return None if encoder is model or encoder is model.base_model else encoder
+    outer = base_model(model)
+    encoder = outer.get_encoder(modality="image")
+    return None if encoder is outer or encoder is outer.base_model else encoder
 
 
 def add_lora(model: Any, args: AspoConfig) -> PeftModel:

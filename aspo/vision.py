@@ -77,8 +77,9 @@ class VisionFeatures:
         for model in models if mode != "none" else ():
             if model is not None and (tower := vision_tower(model)) is not None:
                 self._towers[tower] = getattr(base_model(model).config, "vision_feature_layer", None)
-        if self.folder is not None and self._towers and not any(is_frozen(tower) for tower in self._towers):
-            raise ValueError("vision_cache='disk' is for a frozen vision tower, and this one trains: choose 'step'")
+        if self.folder is not None and not any(is_frozen(tower) for tower in self._towers):
+            has = "this one trains" if self._towers else "this model has none"
+            raise ValueError(f"vision_cache='disk' is for a frozen vision tower, and {has}: choose 'step'")
         self._can_be_cut: dict[str, bool] = {}  # seen at a tower's first run
         self._names: dict[nn.Module, tuple[Any, str]] = {}
         self._folders: dict[str, FeatureFolder] = {}

@@ -17,7 +17,13 @@ from safetensors import safe_open
 from tiny import tiny_image
 from torch import nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
-from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PixtralVisionConfig,
+)
 
 from aspo.attention import with_route
 from aspo.data import Collator
@@ -503,3 +509,9 @@ def test_what_is_refused(llava, tmp_path):
     vision_tower(model).requires_grad_(True)
     with pytest.raises(ValueError, match="this one trains"):
         VisionFeatures([model], "disk", tmp_path)
+    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+    model = LlamaForCausalLM(config)
+    for reads_text in (model, get_peft_model(model, LoraConfig(target_modules=["q_proj"]))):
+        assert vision_tower(reads_text) is None
+        with pytest.raises(ValueError, match="has none: choose 'step'"):
+            VisionFeatures([reads_text], "disk", tmp_path)
