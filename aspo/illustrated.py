@@ -111,7 +111,7 @@ def _image_mark(processor: Any) -> str:
     if processor is tokenizer:
         raise ValueError(f"a response holds images, but {type(processor).__name__} has no image processor")
     if template is None:
-        return getattr(processor, "image_token", "")
+        return str(getattr(processor, "image_token", ""))  # InstructBLIP's is an AddedToken
     probe = {"type": "text", "text": _PROBE}
     messages = [
         {"role": "user", "content": [{"type": "text", "text": "?"}]},

@@ -271,6 +271,10 @@ def run(args: argparse.Namespace) -> int:
     for name in ("response_tokens", "prompt_tokens", "pairs", "image_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    if args.images < 0:
+        raise ValueError(f"--images is {args.images}; it must be 0 or more")
+    if args.memory is not None and args.memory <= 0:
+        raise ValueError(f"--memory is {args.memory:g} GiB; it must be positive")
     config = AspoConfig(
         output_dir="unused", use_cpu=True, dtype=args.dtype, use_lora=not args.no_use_lora, lora_r=args.lora_r
     )
@@ -291,7 +295,7 @@ def run(args: argparse.Namespace) -> int:
     memory = predict(model, step, *images)
     reference = 0 if config.use_lora or step.cached_reference else memory.weights  # a frozen copy
     print(_report(step, memory, reference, image_tokens))
-    if args.memory:
+    if args.memory is not None:
         print(_suggestion(model, step, memory, reference, images, args.memory))
     return 0
 

@@ -98,6 +98,8 @@ def test_the_command_suggests_what_fits(folder, capsys):
     assert cli.main([*command, "--memory", "0.0005"]) == 0
     assert "not one pair fits into 0.0005 GiB" in capsys.readouterr().out
     assert cli.main([*command[:4], "0"]) == 2 and "--response-tokens is 0" in capsys.readouterr().err
+    assert cli.main([*command, "--images", "-1"]) == 2 and "--images is -1" in capsys.readouterr().err
+    assert cli.main([*command, "--memory", "0"]) == 2 and "--memory is 0 GiB" in capsys.readouterr().err
 
 
 def test_no_weights_are_read(folder, tmp_path, capsys):
