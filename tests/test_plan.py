@@ -95,8 +95,8 @@ def test_the_command_suggests_what_fits(folder, capsys):
     room = 0.9 * 0.5 * 2**30
     assert 0.85 * room < predict(model, Step(pairs, 59, 40), 1, 30).peak <= room  # linear but for the tiles' steps
     assert f"--token_budget {pairs * 139}" in out
-    assert cli.main([*command, "--memory", "0.0005"]) == 0
-    assert "not one pair fits into 0.0005 GiB" in capsys.readouterr().out
+    assert cli.main([*command, "--memory", "0.0003"]) == 0
+    assert "not one pair fits into 0.0003 GiB" in capsys.readouterr().out
     assert cli.main([*command[:4], "0"]) == 2 and "--response-tokens is 0" in capsys.readouterr().err
     assert cli.main([*command, "--images", "-1"]) == 2 and "--images is -1" in capsys.readouterr().err
     assert cli.main([*command, "--memory", "0"]) == 2 and "--memory is 0 GiB" in capsys.readouterr().err
