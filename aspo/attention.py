@@ -167,6 +167,8 @@ def _why_not_varlen(outer: Any, text: Any, dtype: torch.dtype | None) -> str | N
     dtype = dtype or outer.get_input_embeddings().weight.dtype
     if dtype not in (torch.bfloat16, torch.float16):
         return f"flash-attention computes in bfloat16 or float16, the model in {dtype}; use segments"
+    if any(getattr(part, "attention_dropout", 0.0) for model in _text_models(outer) for part in model.modules()):
+        return "its attention has dropout, which varlen attention has not: turn disable_dropout on, or use segments"
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return None if width % 8 == 0 and width <= 256 else f"flash-attention has no heads of width {width}; use segments"
 

@@ -4,12 +4,10 @@ Rows, their files and their checks are in `aspo.rows` (re-exported here); how to
 Axes: B rows, R and T rows and columns of the grid, N counted tokens, S sentences.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from aspo.folder import append_row, load_images, row_name, write_rows
@@ -134,8 +132,13 @@ class Collator(Reader):
         parts = []
         for response in answers:
             row, values = rows[response.group], cached[response.group]
-            if values is None or response.role >= len(values):
+            if values is None:
                 raise ValueError(f"{row_name(row)}: no reference log-probabilities, but other rows have them")
+            if response.role >= len(values):
+                raise ValueError(
+                    f"{row_name(row)}: its columns have no reference log-probabilities for its negative_images: turn "
+                    "precompute_ref_log_probs on and drop the columns, or drop the images"
+                )
             if len(values[response.role]) != len(response.ids):
                 raise ValueError(
                     f"{row_name(row)}: {len(values[response.role])} reference log-probabilities for the "
@@ -153,11 +156,6 @@ class Collator(Reader):
                 "the columns, or turn precompute_ref_log_probs off"
             )
         return columns if self.reference is None else self.reference.get(row)
-
-
-def image_key(image: Image.Image) -> str:
-    """A hash of an image's size and pixels: equal pictures share their features."""
-    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()[:32]
 
 
 def _token_aligned(
@@ -206,7 +204,6 @@ __all__ = [
     "encode_response",
     "end_of_turn",
     "generation_inputs",
-    "image_key",
     "load_images",
     "load_rows",
     "response_text",

@@ -67,6 +67,8 @@ def settle_sharing(
             with torch.autocast(output_head(model).weight.device.type, autocast, enabled=autocast is not None):
                 reason = check_tree(model, collator, rows, route, autocast)
             if reason is None:
+                if not shared and args.shared_prefix == "auto":
+                    logger.warning("shared_prefix: off, because %s", "; ".join(reasons))
                 return route
             reasons.append(f"{'shared' if shared else 'packed'} rows by {route} attention: {reason}")
     option = "shared_prefix on" if args.shared_prefix == "on" else "padding_free"
@@ -86,6 +88,11 @@ def check_tree(
     collator, plain = copy.copy(collator), copy.copy(collator)
     collator.min_saving = 1.0
     plain.shared_prefix = plain.padding_free = False
+    collator.reference = plain.reference = None
+    # Nothing cached, and no images of a response's own: with those alone nothing would be shared, and nothing checked.
+    left_out = ["negative_images", *(f"{c}_images" for c in collator.responses)]
+    left_out += [f"ref_{c}_logps" for c in collator.responses]
+    rows = [{name: value for name, value in row.items() if name not in left_out} for row in rows]
     device = output_head(model).weight.device
     with inference(model):
         batch, expected_batch = batch_to(collator(rows), device), batch_to(plain(rows), device)
@@ -140,7 +147,7 @@ def _other_chosen(batch: Mapping[str, Any]) -> dict[str, Any]:
     first = batch["tree"].items[0]
     ids = batch["model_inputs"]["input_ids"].clone()
     columns = slice(first.branch_start(0), first.branch_start(0) + first.branches[0])
-    ids[first.row, columns] = ids[first.row, columns].flip(0).roll(1)
+    ids[first.row, columns] = ids[first.row, columns].roll(1)
     return {**batch, "model_inputs": {**batch["model_inputs"], "input_ids": ids}}
 
 

@@ -5,7 +5,6 @@ Axes: B pairs, R = 2B rows of a batch, T padded length, H hidden size, N counted
 
 from __future__ import annotations
 
-import itertools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,10 +17,8 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerState, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-from aspo.attention import with_route
 from aspo.config import AspoConfig
 from aspo.data import Collator
-from aspo.exact import check_tree, settle_sharing
 from aspo.forward import PairForward, tree_inputs
 from aspo.meters import Meters, record
 from aspo.model import base_model, check_head, inference, load_model, output_head
@@ -29,11 +26,10 @@ from aspo.packing import TokenBatches
 from aspo.policy import MERGE, check_attention, check_liger, disable_dropout, load_weights, policy_and_reference
 from aspo.reference import cached_reference
 from aspo.resume import SaveHistory, last_checkpoint
+from aspo.start import check_start, settle_batches
 from aspo.vision import VisionFeatures
 from aspo_kernels import objectives
 
-START_TOLERANCE = 0.02  # of the loss where policy = reference; rounding is far below, a wrong reference far above
-ROWS_TO_CHECK = 2  # of the data, that show whether sharing is exact
 FALLING_WINDOWS = 3  # logging windows in a row with both rewards negative and falling before the warning
 
 
@@ -128,39 +124,12 @@ class AspoTrainer(TokenBatches):
             self._precompute_reference(datasets)
         folder = os.path.join(str(args.output_dir), "vision_cache") if args.vision_cache == "disk" else None
         self.vision = VisionFeatures([self.model, self.ref_model], args.vision_cache, folder)
-        self.route = self._settle_sharing(datasets, check_reference=ref_model is not None)
+        reference = (self.ref_model, ref_model is not None)
+        self.route = settle_batches(self.model, reference, self.data_collator, datasets, args, self._autocast_dtype)
 
     @property
     def _autocast_dtype(self) -> torch.dtype | None:
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.accelerator.mixed_precision))
-
-    def _settle_sharing(self, datasets: Sequence[Any], check_reference: bool) -> str:
-        """Set what the collator shares and packs, as far as the first rows show it exact; returns attention's route.
-
-        check_reference: for the reference too, which may be another kind of model.
-        """
-        args, collator, autocast = self.args, self.data_collator, self._autocast_dtype
-        first = next((rows for d in datasets if (rows := list(itertools.islice(d, ROWS_TO_CHECK)))), [])
-        if not isinstance(collator, Collator) or not first:
-            if args.shared_prefix == "on" or args.padding_free or args.prefix_attention != "auto":
-                needs = "train_dataset or eval_dataset, to check that it is exact" if not first else (
-                    f"aspo.data.Collator, not {type(collator).__name__}: leave data_collator out"
-                )  # fmt: skip
-                raise ValueError(
-                    f"shared_prefix={args.shared_prefix!r}, padding_free={args.padding_free} and "
-                    f"prefix_attention={args.prefix_attention!r} need {needs}"
-                )
-            return "mask"
-        if collator.makes_trees:
-            raise ValueError("shared_prefix or padding_free is on in data_collator: set it in args, which decide")
-        route = settle_sharing(self.model, collator, first, args, autocast)
-        if self.ref_model is not None and collator.makes_trees:
-            with_route(self.ref_model, route)
-            with self.accelerator.autocast():
-                reason = check_tree(self.ref_model, collator, first, route, autocast) if check_reference else None
-            if reason is not None:
-                raise ValueError(f"ref_model cannot take shared or packed rows: {reason}; set shared_prefix to off")
-        return route
 
     def _precompute_reference(self, datasets: Sequence[Any]) -> None:
         """Fill the cache with what it lacks of all rows, check a sample, and let go of a reference of its own."""
@@ -188,6 +157,11 @@ class AspoTrainer(TokenBatches):
         """The objective of a collated batch: what it read, and its losses (B,) with statistics."""
         inputs = {**inputs, "layout": inputs["layout"].to(self.args.device)}
         self._require_similarity(inputs["similarity"])
+        if len(inputs["layout"].role_responses) > 2 and not self.objective.reads_negatives:
+            raise ValueError(
+                f"the rows have more than two readings (negative_images), which objective {self.objective.name!r} does "
+                "not read: drop the column, or use an objective that does"
+            )
         policy = self.accelerator.unwrap_model(self.model)
         forward = PairForward(
             policy, self.ref_model, self.route, self.objective.difference_only, self.args.kernel_backend, self.vision
@@ -234,33 +208,12 @@ class AspoTrainer(TokenBatches):
         self._head_checked = True
 
     def _check_start(self, inputs: objectives.Inputs, result: objectives.Result) -> None:
-        """At the true step 0 policy = reference, and so the loss is what it is for equal ones (DPO: ln 2)."""
         self._start_checked = True
         if self.state.global_step > 0 or inputs.ref_logps is None:
             return
-        logps = inputs.logps.detach()
-        equal = objectives.Inputs(inputs.layout, logps, logps, inputs.similarity, inputs.backend)
-        with torch.no_grad():
-            expected = float(self.objective(equal, **self.objective_options).losses.mean())
-        loss = float(result.losses.detach().mean())
-        self.start_loss = loss
-        if abs(loss - expected) <= START_TOLERANCE * max(1.0, abs(expected)):
-            return
-        chosen, rejected = (float(h.mean()) for h in inputs.pair(inputs.response_logratios.detach()))
-        message = (
-            f"step 0: the loss is {loss:.4f}, but {expected:.4f} if the policy equalled its reference, as at the start "
-            f"of a run; log-ratios: chosen {chosen:+.3f}, rejected {rejected:+.3f} nats. "
-        )
-        if self._starts_at_reference and self.args.disable_dropout and self.args.neftune_noise_alpha is None:
-            raise ValueError(
-                message + "The model's forward is not deterministic, or the reference is not the start model."
-            )
-        warnings.warn(
-            message
-            + "Expected with dropout, NEFTune, a ref_model of your own or an adapter that is trained already (to "
-            f"start from such an adapter, {MERGE}).",
-            stacklevel=2,
-        )
+        deterministic = self.args.disable_dropout and self.args.neftune_noise_alpha is None
+        equal = self._starts_at_reference and deterministic
+        self.start_loss = check_start(self.objective, self.objective_options, inputs, result, equal)
 
     # ---- evaluation ----
 

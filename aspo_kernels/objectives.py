@@ -146,6 +146,7 @@ class Objective:
     needs_reference: bool
     options: Mapping[str, Any]  # its keyword options with their defaults
     difference_only: bool = False  # it reads h(y_c) - h(y_r) alone: a common start of both has no gradient
+    reads_negatives: bool = False  # it reads responses of roles 2 and up
 
     def __call__(self, inputs: Inputs, **options: Any) -> Result:
         self.check_options(options)
@@ -163,12 +164,13 @@ _REGISTRY: dict[str, Objective] = {}
 
 
 def register(
-    name: str, *, needs_reference: bool = True, difference_only: bool = False
+    name: str, *, needs_reference: bool = True, difference_only: bool = False, reads_negatives: bool = False
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Decorator: make `function(inputs, **options) -> Result` available as `get(name)`.
 
     difference_only: its losses depend on a pair's h(y_c) - h(y_r) and on nothing else, so that the gradients of tokens
-    with which both responses begin cancel, and a trainer need not compute them.
+    with which both responses begin cancel, and a trainer need not compute them. reads_negatives: it reads responses of
+    roles 2 and up; a trainer refuses rows that have them with objectives which do not.
     """
 
     def add(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -179,7 +181,7 @@ def register(
         if without:
             raise ValueError(f"objective {name!r}: option {without[0]!r} needs a default value")
         takes = {p.name: p.default for p in parameters}
-        _REGISTRY[name] = Objective(name, function, needs_reference, takes, difference_only)
+        _REGISTRY[name] = Objective(name, function, needs_reference, takes, difference_only, reads_negatives)
         return function
 
     return add
@@ -243,6 +245,7 @@ def weighted_sum(weights: Mapping[str | Objective, float]) -> Objective:
         any(member.needs_reference for member, _ in members),
         takes,
         all(member.difference_only for member, _ in members),
+        any(member.reads_negatives for member, _ in members),
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_llava, tiny_rows, tiny_tokenizer
+from tiny import tiny_image, tiny_llava, tiny_rows, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
 from aspo.attention import routes_to_try, with_route
@@ -20,6 +20,7 @@ from aspo.exact import check_tree, settle_sharing
 from aspo.forward import PairForward, batch_to, counted_logps, counted_rows, tree_inputs
 from aspo.model import load_model, output_head, trunk_hidden
 from aspo.policy import add_lora
+from aspo.start import first_rows
 from aspo.trainer import AspoTrainer
 
 MODES = [mode for mode in itertools.product((False, True), repeat=2) if any(mode)]
@@ -117,6 +118,29 @@ def test_shifted_positions_are_noticed(loaded, monkeypatch):
     )
     collator = Collator(processor, shared_prefix=True)
     assert "log-probabilities differ" in check_tree(model, collator, tiny_rows(2), "mask")
+
+
+def test_rows_that_share_nothing_hide_no_leak(loaded, monkeypatch):
+    """Rows with images of the rejected response's own share no prefix; later rows may: they are tried without."""
+    model, processor = loaded
+    monkeypatch.setattr("aspo.forward.tree_positions", lambda model, inputs, tree: tree.positions * 2)
+    rows = [{**row, "rejected_images": row["images"], "ref_chosen_logps": [-1.0]} for row in tiny_rows(2)]
+    assert "log-probabilities differ" in check_tree(model, Collator(processor, shared_prefix=True), rows, "mask")
+
+
+def test_sharing_is_tried_on_a_row_with_an_image():
+    rows = tiny_rows(4)
+    text = [{**row, "images": []} for row in rows[:3]]
+    assert first_rows([[], [*text, rows[3]]]) == [rows[3], text[0]]
+    assert first_rows([iter(text)]) == text[:2] and first_rows([]) == []
+
+
+def test_negatives_that_no_objective_reads_are_refused(loaded, tmp_path):
+    model, processor = loaded
+    rows = [{**row, "negative_images": [tiny_image("blue")]} for row in tiny_rows(2)]
+    trainer = AspoTrainer(model, config(tmp_path, loss_type="dpo", max_steps=1), rows, processing_class=processor)
+    with pytest.raises(ValueError, match=r"negative_images.*objective 'dpo' does not read"):
+        trainer.train()
 
 
 def state_space_model():

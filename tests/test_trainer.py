@@ -332,7 +332,7 @@ def test_a_reference_with_another_attention_is_told_who_sees_whom_in_its_own_way
 
 def test_a_reference_that_cannot_share_is_refused(make, folder, monkeypatch):
     other, _ = load_model(folder)
-    monkeypatch.setattr("aspo.trainer.check_tree", lambda *_: "it leaks")
+    monkeypatch.setattr("aspo.start.check_tree", lambda *_: "it leaks")
     with pytest.raises(ValueError, match="ref_model cannot take shared or packed rows: it leaks; set shared_prefix"):
         make(ref_model=other)
 

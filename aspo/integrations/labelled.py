@@ -6,6 +6,7 @@ ones. Axes: R rows, T padded length, S sentences.
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -14,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from aspo.data import image_key
 from aspo.folder import load_images
 from aspo.sentences import check_spans, sentences_without_tokens, split_sentences, token_sentences
 from aspo.validate import response_text
@@ -140,4 +140,5 @@ class ScoredRows:
 
 
 def _image_keys(row: Mapping[str, Any]) -> list[str]:
-    return [image_key(image) for image in load_images(row)]
+    images = load_images(row)
+    return [hashlib.sha256(f"{image.size} ".encode() + image.tobytes()).hexdigest() for image in images]

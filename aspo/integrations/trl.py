@@ -6,7 +6,6 @@ autocast): the model's own forward gets one more mode, as TRL's fused head does.
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from aspo.forward import PairForward, tree_inputs
 from aspo.integrations.common import forward_runs, refuse
 from aspo.meters import Meters, record
 from aspo.model import check_head, inference, output_head
-from aspo.trainer import ROWS_TO_CHECK
+from aspo.start import first_rows
 from aspo.validate import validate_rows
 from aspo.vision import VisionFeatures
 from aspo_kernels import objectives
@@ -201,7 +200,7 @@ class AspoDPOTrainer(DPOTrainer):
         train: Any = self.train_dataset
         options: Any = self.args  # settle_sharing reads what both configurations have
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.accelerator.mixed_precision))
-        first = list(itertools.islice(train, ROWS_TO_CHECK))
+        first = first_rows([train])
         self.route = settle_sharing(self.model, collator, first, options, autocast)
         if self.ref_model is not None and collator.makes_trees:
             with_route(self.accelerator.unwrap_model(self.ref_model), self.route)

@@ -1,0 +1,101 @@
+"""Before and at the first step: which batches the model takes, and that the run begins where it should."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from aspo.attention import with_route
+from aspo.config import AspoConfig
+from aspo.data import Collator
+from aspo.exact import check_tree, settle_sharing
+from aspo.folder import image_entries
+from aspo.policy import MERGE
+from aspo.readings import Row
+from aspo_kernels import objectives
+
+ROWS_TO_CHECK, ROWS_TO_LOOK_AT = 2, 64  # on which sharing is tried: one with an image, if there is one among the first
+START_TOLERANCE = 0.02  # of the loss where policy = reference; rounding is far below, a wrong reference far above
+
+
+def first_rows(datasets: Sequence[Any]) -> list[Row]:
+    """The rows on which sharing is tried; none where no data set has any."""
+    found = next((rows for d in datasets if (rows := list(itertools.islice(d, ROWS_TO_LOOK_AT)))), [])
+    with_image = next((n for n, row in enumerate(found) if image_entries(row)), 0)
+    return [*found[with_image : with_image + 1], *found[:with_image], *found[with_image + 1 :]][:ROWS_TO_CHECK]
+
+
+def settle_batches(
+    model: nn.Module,
+    reference: tuple[nn.Module | None, bool],
+    collator: Any,
+    datasets: Sequence[Any],
+    args: AspoConfig,
+    autocast: torch.dtype | None,
+) -> str:
+    """Set what the collator shares and packs, as far as the first rows show it exact; returns attention's route.
+
+    reference: the model that is run as one, and whether it may be another kind of model and is to be checked too.
+    Raises ValueError for options that nothing would read, and where what was asked for is not exact.
+    """
+    first = first_rows(datasets)
+    if not isinstance(collator, Collator) or not first:
+        if args.shared_prefix == "on" or args.padding_free or args.prefix_attention != "auto":
+            needs = "train_dataset or eval_dataset, to check that it is exact"
+            if first:
+                needs = f"aspo.data.Collator, not {type(collator).__name__}: leave data_collator out"
+            raise ValueError(
+                f"shared_prefix={args.shared_prefix!r}, padding_free={args.padding_free} and "
+                f"prefix_attention={args.prefix_attention!r} need {needs}"
+            )
+        return "mask"
+    if collator.makes_trees:
+        raise ValueError("shared_prefix or padding_free is on in data_collator: set it in args, which decide")
+    route = settle_sharing(model, collator, first, args, autocast)
+    ref_model, differs = reference
+    if ref_model is not None and collator.makes_trees:
+        with_route(ref_model, route)
+        device = next(ref_model.parameters()).device.type
+        with torch.autocast(device, autocast, enabled=autocast is not None):
+            reason = check_tree(ref_model, collator, first, route, autocast) if differs else None
+        if reason is not None:
+            raise ValueError(f"ref_model cannot take shared or packed rows: {reason}; set shared_prefix to off")
+    return route
+
+
+def check_start(
+    objective: objectives.Objective,
+    options: Mapping[str, Any],
+    inputs: objectives.Inputs,
+    result: objectives.Result,
+    must_be_equal: bool,
+) -> float:
+    """At the true step 0 policy = reference, and so the loss is what it is for equal ones (DPO: ln 2). Returns it.
+
+    Raises ValueError where it is not and `must_be_equal`; warns otherwise.
+    """
+    logps = inputs.logps.detach()
+    equal = objectives.Inputs(inputs.layout, logps, logps, inputs.similarity, inputs.backend)
+    with torch.no_grad():
+        expected = float(objective(equal, **options).losses.mean())
+    loss = float(result.losses.detach().mean())
+    if abs(loss - expected) <= START_TOLERANCE * max(1.0, abs(expected)):
+        return loss
+    chosen, rejected = (float(h.mean()) for h in inputs.pair(inputs.response_logratios.detach()))
+    message = (
+        f"step 0: the loss is {loss:.4f}, but {expected:.4f} if the policy equalled its reference, as at the start "
+        f"of a run; log-ratios: chosen {chosen:+.3f}, rejected {rejected:+.3f} nats. "
+    )
+    if must_be_equal:
+        raise ValueError(message + "The model's forward is not deterministic, or the reference is not the start model.")
+    warnings.warn(
+        message + "Expected with dropout, NEFTune, a ref_model of your own or an adapter that is trained already (to "
+        f"start from such an adapter, {MERGE}).",
+        stacklevel=2,
+    )
+    return loss
