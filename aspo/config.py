@@ -16,7 +16,7 @@ import torch
 from transformers import TrainingArguments
 
 from aspo.model import parse_dtype
-from aspo_kernels import SentenceLayout, objectives
+from aspo.objective_options import ObjectiveOptions
 from aspo_kernels.checks import BACKENDS
 
 # None in the dataclass means "not given"; __post_init__ fills in what the run uses and refuses the rest.
@@ -29,7 +29,6 @@ CHOICES = {
     "vision_cache": ("none", "step", "disk"),
     "kernel_backend": BACKENDS,
 }
-OBJECTIVE_OPTIONS = ("beta", "alpha", "normalizer", "perplexity", "perplexity_scale", "label_smoothing", "gamma")
 TRL_NAMES = {"sigmoid": "dpo"}  # TRL's name of a loss -> ours
 
 # Option of transformers' Trainer -> why it is refused. Falsy values are fine.
@@ -55,7 +54,7 @@ WITHOUT_BUDGET = {
 
 
 @dataclass
-class AspoConfig(TrainingArguments):
+class AspoConfig(ObjectiveOptions, TrainingArguments):
     """Options of `AspoTrainer` and `aspo train`; docs/training.md describes them all.
 
     Raises ValueError for an option that the objective does not take, that the run would ignore, or that is not
@@ -230,7 +229,7 @@ class AspoConfig(TrainingArguments):
         if accelerator.dispatch_batches:
             raise ValueError("accelerator_config.dispatch_batches is on, but one process reads all rows: turn it off")
         accelerator.dispatch_batches = False  # accelerate would cut every tensor of a stream's batch along dim 0
-        self._settle_objective()
+        self.settle_objective()
         self._settle_lora()
 
     def _refuse_unsupported(self) -> None:
@@ -259,31 +258,6 @@ class AspoConfig(TrainingArguments):
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length is {self.max_length}; it must be positive, or null for no limit")
 
-    def _settle_objective(self) -> None:
-        if not self.loss_type or len(set(self.loss_type)) != len(self.loss_type):
-            raise ValueError(f"loss_type is {self.loss_type}; name each objective once")
-        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
-            raise ValueError(
-                f"{len(self.loss_weights)} loss_weights for {len(self.loss_type)} loss_type; give one weight for each"
-            )
-        objective = self.objective()
-        if self.precompute_ref_log_probs and not objective.needs_reference:
-            raise ValueError(f"precompute_ref_log_probs is on, but {objective.name} reads no reference: turn it off")
-        given = [name for name in OBJECTIVE_OPTIONS if getattr(self, name) is not None]
-        if isinstance(self.objective_kwargs, str):
-            raise ValueError(f"objective_kwargs is {self.objective_kwargs!r}; write JSON, e.g. '{{\"margin\": 0.5}}'")
-        if own := sorted(set(OBJECTIVE_OPTIONS) & set(self.objective_kwargs or ())):
-            raise ValueError(f"objective_kwargs holds {own[0]}, which is an option of its own: --{own[0]}")
-        objective.check_options([*given, *(self.objective_kwargs or {})])
-        for name in set(OBJECTIVE_OPTIONS) & set(objective.options):
-            members = [objectives.options(member) for member in self.loss_type]
-            defaults = {member[name] for member in members if name in member}
-            if getattr(self, name) is None and len(defaults) == 1:  # else each member keeps its own
-                setattr(self, name, defaults.pop())
-        pair = SentenceLayout.from_labels(torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 1, dtype=torch.long))
-        logps = torch.zeros(2)
-        objective(objectives.Inputs(pair, logps, logps, logps[:1]), **self.objective_options())  # refuses bad values
-
     def _settle_lora(self) -> None:
         given = [name for name in LORA_DEFAULTS if getattr(self, name) is not None]
         if not self.use_lora:
@@ -303,20 +277,6 @@ class AspoConfig(TrainingArguments):
             raise ValueError(
                 "freeze_vision is off, but with LoRA only the adapters train; turn use_lora off, or keep it"
             )
-
-    def objective(self) -> objectives.Objective:
-        """The objective that `loss_type` and `loss_weights` name."""
-        if len(self.loss_type) == 1 and self.loss_weights is None:
-            return objectives.get(self.loss_type[0])
-        weights = self.loss_weights or [1.0] * len(self.loss_type)
-        return objectives.weighted_sum(dict(zip(self.loss_type, weights, strict=True)))
-
-    def objective_options(self) -> dict[str, Any]:
-        """The keyword options to call the objective with."""
-        takes = self.objective().options
-        options = {n: getattr(self, n) for n in OBJECTIVE_OPTIONS if n in takes and getattr(self, n) is not None}
-        assert not isinstance(self.objective_kwargs, str)  # parsed in __post_init__
-        return {**options, **(self.objective_kwargs or {})}
 
     def weights_dtype(self) -> str:
         """What `dtype` means where it is not given: full fine-tuning needs fp32 weights, or small updates vanish."""

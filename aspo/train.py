@@ -19,10 +19,11 @@ from typing import Any, get_type_hints
 import yaml
 from transformers import HfArgumentParser, ProgressCallback, TrainingArguments
 
-from aspo.config import LORA_DEFAULTS, OBJECTIVE_OPTIONS, AspoConfig
+from aspo.config import LORA_DEFAULTS, AspoConfig
 from aspo.data import load_rows, validate_rows
 from aspo.meters import Progress
 from aspo.model import load_model, resolve_model
+from aspo.objective_options import OBJECTIVE_OPTIONS
 from aspo.resume import Interrupt, differences, is_complete, last_checkpoint, write_json
 from aspo.trainer import AspoTrainer
 

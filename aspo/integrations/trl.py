@@ -20,13 +20,14 @@ from trl.data_utils import extract_prompt
 from trl.trainer.utils import use_adapter
 
 from aspo.attention import with_route
-from aspo.config import CHOICES, AspoConfig
+from aspo.config import CHOICES
 from aspo.data import Collator
 from aspo.exact import settle_sharing
 from aspo.forward import PairForward, tree_inputs
 from aspo.integrations.common import forward_runs, refuse
 from aspo.meters import Meters, record
 from aspo.model import check_head, inference, output_head
+from aspo.objective_options import ObjectiveOptions
 from aspo.start import first_rows
 from aspo.validate import validate_rows
 from aspo.vision import VisionFeatures
@@ -64,7 +65,7 @@ COLUMNS = (
 
 
 @dataclass
-class AspoDPOConfig(DPOConfig):
+class AspoDPOConfig(ObjectiveOptions, DPOConfig):
     """TRL's DPOConfig with the options of our objectives.
 
     loss_type names objectives of `aspo_kernels.objectives` ("sigmoid" is our "dpo"). An option that is None has its
@@ -132,15 +133,7 @@ class AspoDPOConfig(DPOConfig):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
-        AspoConfig._settle_objective(self)  # type: ignore[arg-type]  # it reads no option but those above
-
-    def objective(self) -> objectives.Objective:
-        """The objective that `loss_type` and `loss_weights` name."""
-        return AspoConfig.objective(self)  # type: ignore[arg-type]
-
-    def objective_options(self) -> dict[str, Any]:
-        """The keyword options to call the objective with."""
-        return AspoConfig.objective_options(self)  # type: ignore[arg-type]
+        self.settle_objective()
 
 
 class AspoDPOTrainer(DPOTrainer):
