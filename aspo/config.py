@@ -17,17 +17,10 @@ from transformers import TrainingArguments
 
 from aspo.model import parse_dtype
 from aspo.objective_options import ObjectiveOptions
-from aspo_kernels.checks import BACKENDS
 
 # None in the dataclass means "not given"; __post_init__ fills in what the run uses and refuses the rest.
 LORA_DEFAULTS: dict[str, Any] = {
     **{"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "use_dora": False, "lora_target_modules": None}
-}
-CHOICES = {
-    "shared_prefix": ("auto", "on", "off"),
-    "prefix_attention": ("auto", "segments", "varlen", "flex", "mask"),
-    "vision_cache": ("none", "step", "disk"),
-    "kernel_backend": BACKENDS,
 }
 TRL_NAMES = {"sigmoid": "dpo"}  # TRL's name of a loss -> ours
 
@@ -94,73 +87,15 @@ class AspoConfig(ObjectiveOptions, TrainingArguments):
         default=2048, metadata={"help": "Most tokens of a row; only the response is ever cut."}
     )
 
-    # The step (aspo.forward)
-    shared_prefix: str = field(
-        default="auto",
-        metadata={
-            "help": "Compute prompt and image once for the responses of a row: auto (where the first rows show that it "
-            "is exact for this model), on, off."
-        },
-    )
-    prefix_attention: str = field(
-        default="auto",
-        metadata={"help": "How shared and packed rows attend: auto, segments, varlen, flex, mask."},
-    )
+    # The step and the objective (others in ObjectiveOptions)
     padding_free: bool = field(default=False, metadata={"help": "Put a batch's pairs into one row, without padding."})
     token_budget: int | None = field(
         default=None,
         metadata={"help": "Batches of as many pairs as fit into this many tokens, instead of a fixed number of pairs."},
     )
-    vision_cache: str = field(
-        default="step",
-        metadata={
-            "help": "Features of a frozen vision tower: none (computed for each forward), step (once per unique image "
-            "and step), disk (once per image; kept in output_dir/vision_cache)."
-        },
-    )
-    precompute_ref_log_probs: bool = field(
-        default=False,
-        metadata={
-            "help": "Compute the reference's log-probabilities before training; no reference is run or held then."
-        },
-    )
     reference_cache: str | None = field(
         default=None,
         metadata={"help": "Where they are kept; `aspo reference` fills it ahead. Default: output_dir/reference."},
-    )
-
-    # Objective
-    kernel_backend: str = field(
-        default="auto", metadata={"help": "Loss kernels: auto, torch, triton, or reference (full logits, to compare)."}
-    )
-    loss_type: list[str] = field(
-        default_factory=lambda: ["aspo"],
-        metadata={"help": "Objective(s): aspo, dpo, ipo, hinge, simpo, sft, or registered ones."},
-    )
-    loss_weights: list[float] | None = field(
-        default=None, metadata={"help": "One weight for each loss_type. Default: 1 for each."}
-    )
-    beta: float | None = field(
-        default=None, metadata={"help": "Reward scale: reward = beta * log-ratio. Default: 0.1 (simpo: 2)."}
-    )
-    alpha: float | None = field(
-        default=None, metadata={"help": "aspo: share of similarity in a sentence's weight, [0, 1]. Default: 0.5."}
-    )
-    normalizer: str | None = field(
-        default=None, metadata={"help": "aspo: R_c/R_c*, one of sentence, token, none, reward. Default: sentence."}
-    )
-    perplexity: str | None = field(
-        default=None, metadata={"help": "aspo: whose perplexity, policy or reference. Default: policy."}
-    )
-    perplexity_scale: str | None = field(
-        default=None, metadata={"help": "aspo: min-max over ppl or nll. Default: ppl."}
-    )
-    label_smoothing: float | None = field(
-        default=None, metadata={"help": "dpo: share of pairs taken to be swapped, [0, 0.5). Default: 0."}
-    )
-    gamma: float | None = field(default=None, metadata={"help": "simpo: target margin. Default: 1."})
-    objective_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Further options of an objective of your own, as JSON."}
     )
     plugins: list[str] | None = field(
         default=None, metadata={"help": "Modules or .py files to import first, e.g. your objective."}
@@ -248,9 +183,7 @@ class AspoConfig(ObjectiveOptions, TrainingArguments):
                 if getattr(self, name) in (True, "group_by_length"):
                     raise ValueError(f"{name}={getattr(self, name)!r} does not go with token_budget: {why}")
         parse_dtype(self.dtype)
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        self.check_choices()
         if self.token_budget is not None and self.token_budget < 1:
             raise ValueError(f"token_budget is {self.token_budget}; it must be positive, or null for a number of pairs")
         if self.reference_cache is not None and not self.precompute_ref_log_probs:

@@ -45,8 +45,8 @@ def settle_sharing(
     not exact for the model.
     """
     collator.padding_free = args.padding_free
-    # A budget is of shared tokens, and must be kept.
-    collator.min_saving = MIN_SAVING if args.shared_prefix == "auto" and args.token_budget is None else 1.0
+    budget = getattr(args, "token_budget", None)  # of shared tokens, and must be kept; TRL's configuration has none
+    collator.min_saving = MIN_SAVING if args.shared_prefix == "auto" and budget is None else 1.0
     if args.shared_prefix == "off" and not args.padding_free:
         if args.prefix_attention != "auto":
             raise ValueError(

@@ -1,24 +1,96 @@
-"""An objective's options among those of a configuration: ours (`AspoConfig`) and TRL's (`AspoDPOConfig`)."""
+"""The options that our configuration (`AspoConfig`) and TRL's with our loss (`AspoDPOConfig`) have in common."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from aspo_kernels import SentenceLayout, objectives
+from aspo_kernels.checks import BACKENDS
 
 OBJECTIVE_OPTIONS = ("beta", "alpha", "normalizer", "perplexity", "perplexity_scale", "label_smoothing", "gamma")
 
 
-class ObjectiveOptions:
-    """What a configuration dataclass with these fields, and one field for each of OBJECTIVE_OPTIONS, says of its
-    objective. Fields of OBJECTIVE_OPTIONS that are None were not given."""
+CHOICES = {
+    "shared_prefix": ("auto", "on", "off"),
+    "prefix_attention": ("auto", "segments", "varlen", "flex", "mask"),
+    "vision_cache": ("none", "step", "disk"),
+    "kernel_backend": BACKENDS,
+}
 
-    loss_type: list[str]
-    loss_weights: list[float] | None
-    objective_kwargs: dict[str, Any] | str | None
-    precompute_ref_log_probs: bool
+
+@dataclass
+class ObjectiveOptions:
+    """The options of the objective and of the step that both configurations have; beside a TrainingArguments.
+
+    Those of OBJECTIVE_OPTIONS that are None were not given: the objective's own default holds.
+    """
+
+    loss_type: list[str] = field(
+        default_factory=lambda: ["aspo"],
+        metadata={"help": "Objective(s): aspo, dpo, ipo, hinge, simpo, sft, or registered ones."},
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "One weight for each loss_type. Default: 1 for each."}
+    )
+    beta: float | None = field(
+        default=None, metadata={"help": "Reward scale: reward = beta * log-ratio. Default: 0.1 (simpo: 2)."}
+    )
+    alpha: float | None = field(
+        default=None, metadata={"help": "aspo: share of similarity in a sentence's weight, [0, 1]. Default: 0.5."}
+    )
+    normalizer: str | None = field(
+        default=None, metadata={"help": "aspo: R_c/R_c*, one of sentence, token, none, reward. Default: sentence."}
+    )
+    perplexity: str | None = field(
+        default=None, metadata={"help": "aspo: whose perplexity, policy or reference. Default: policy."}
+    )
+    perplexity_scale: str | None = field(
+        default=None, metadata={"help": "aspo: min-max over ppl or nll. Default: ppl."}
+    )
+    label_smoothing: float | None = field(
+        default=None, metadata={"help": "dpo: share of pairs taken to be swapped, [0, 0.5). Default: 0."}
+    )
+    gamma: float | None = field(default=None, metadata={"help": "simpo: target margin. Default: 1."})
+    objective_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further options of an objective of your own, as JSON."}
+    )
+    kernel_backend: str = field(
+        default="auto", metadata={"help": "Loss kernels: auto, torch, triton, or reference (full logits, to compare)."}
+    )
+    shared_prefix: str = field(
+        default="auto",
+        metadata={
+            "help": "Compute prompt and image once for the responses of a row: auto (where the first rows show that it "
+            "is exact for this model), on, off."
+        },
+    )
+    prefix_attention: str = field(
+        default="auto",
+        metadata={"help": "How shared and packed rows attend: auto, segments, varlen, flex, mask."},
+    )
+    vision_cache: str = field(
+        default="step",
+        metadata={
+            "help": "Features of a frozen vision tower: none (computed for each forward), step (once per unique image "
+            "and step), disk (once per image; kept in output_dir/vision_cache)."
+        },
+    )
+
+    precompute_ref_log_probs: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute the reference's log-probabilities before training; no reference is run or held then."
+        },
+    )
+
+    def check_choices(self) -> None:
+        """ValueError for an option of CHOICES with another value."""
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
 
     def settle_objective(self) -> None:
         """Fill in the options that the objective takes; ValueError for those that it does not, and for bad values."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from trl.data_utils import extract_prompt
 from trl.trainer.utils import use_adapter
 
 from aspo.attention import with_route
-from aspo.config import CHOICES
 from aspo.data import Collator
 from aspo.exact import settle_sharing
 from aspo.forward import PairForward, tree_inputs
@@ -65,7 +64,7 @@ COLUMNS = (
 
 
 @dataclass
-class AspoDPOConfig(ObjectiveOptions, DPOConfig):
+class AspoDPOConfig(ObjectiveOptions, DPOConfig):  # type: ignore[misc]  # beta may be None: the objective's own
     """TRL's DPOConfig with the options of our objectives.
 
     loss_type names objectives of `aspo_kernels.objectives` ("sigmoid" is our "dpo"). An option that is None has its
@@ -73,51 +72,6 @@ class AspoDPOConfig(ObjectiveOptions, DPOConfig):
     """
 
     _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "objective_kwargs"]  # noqa: RUF012  the base's spelling
-
-    loss_type: list[str] = field(
-        default_factory=lambda: ["aspo"],
-        metadata={"help": "Objective(s): aspo, sigmoid (= dpo), ipo, hinge, simpo, sft, or registered ones."},
-    )
-    beta: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Reward scale: reward = beta * log-ratio. Default: 0.1 (simpo: 2)."}
-    )
-    label_smoothing: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "dpo: share of pairs taken to be swapped, [0, 0.5). Default: 0."}
-    )
-    alpha: float | None = field(
-        default=None, metadata={"help": "aspo: share of similarity in a sentence's weight, [0, 1]. Default: 0.5."}
-    )
-    normalizer: str | None = field(
-        default=None, metadata={"help": "aspo: R_c/R_c*, one of sentence, token, none, reward. Default: sentence."}
-    )
-    perplexity: str | None = field(
-        default=None, metadata={"help": "aspo: whose perplexity, policy or reference. Default: policy."}
-    )
-    perplexity_scale: str | None = field(
-        default=None, metadata={"help": "aspo: min-max over ppl or nll. Default: ppl."}
-    )
-    gamma: float | None = field(default=None, metadata={"help": "simpo: target margin. Default: 1."})
-    objective_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Further options of an objective of your own, as JSON."}
-    )
-    shared_prefix: str = field(
-        default="auto",
-        metadata={
-            "help": "Compute prompt and image once for both responses: auto (where the first rows show that it is "
-            "exact for this model), on, off."
-        },
-    )
-    prefix_attention: str = field(
-        default="auto",
-        metadata={"help": "How shared and packed rows attend: auto, segments, varlen, flex, mask."},
-    )
-    vision_cache: str = field(
-        default="step",
-        metadata={"help": "What a vision tower has made of an image: none, step, or disk (frozen towers only)."},
-    )
-    kernel_backend: str = field(
-        default="auto", metadata={"help": "Loss kernels: auto, torch, triton, or reference (full logits, to compare)."}
-    )
 
     def __post_init__(self) -> None:
         self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
@@ -130,9 +84,7 @@ class AspoDPOConfig(ObjectiveOptions, DPOConfig):
                 )
         super().__post_init__()
         refuse(self, IGNORED)
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        self.check_choices()
         self.settle_objective()
 
 
