@@ -41,8 +41,7 @@ def settle_sharing(
     """Set a collator's shared_prefix and padding_free as `args` say and the model can; returns the attention's route.
 
     `shared_prefix: auto` falls back to plain rows, saying why, and leaves batches plain where sharing saves nearly
-    nothing. Raises ValueError where something that was asked for is
-    not exact for the model.
+    nothing. Raises ValueError where something that was asked for is not exact for the model.
     """
     collator.padding_free = args.padding_free
     budget = getattr(args, "token_budget", None)  # of shared tokens, and must be kept; TRL's configuration has none

@@ -23,6 +23,17 @@ ROWS_TO_CHECK, ROWS_TO_LOOK_AT = 2, 64  # on which sharing is tried: one with an
 START_TOLERANCE = 0.02  # of the loss where policy = reference; rounding is far below, a wrong reference far above
 
 
+def every_dataset(train: Any, evaluation: Any) -> list[Any]:
+    """The data sets that are there; an evaluation may be several by name."""
+    several = list(evaluation.values()) if isinstance(evaluation, Mapping) else [evaluation]
+    return [dataset for dataset in (train, *several) if dataset is not None]
+
+
+def autocast_dtype(accelerator: Any) -> torch.dtype | None:
+    """What mixed precision computes in; None where it is off."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(accelerator.mixed_precision))
+
+
 def first_rows(datasets: Sequence[Any]) -> list[Row]:
     """The rows on which sharing is tried; none where no data set has any."""
     found = next((rows for d in datasets if (rows := list(itertools.islice(d, ROWS_TO_LOOK_AT)))), [])

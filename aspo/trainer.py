@@ -26,16 +26,11 @@ from aspo.packing import TokenBatches
 from aspo.policy import MERGE, check_attention, check_liger, disable_dropout, load_weights, policy_and_reference
 from aspo.reference import cached_reference
 from aspo.resume import SaveHistory, last_checkpoint
-from aspo.start import check_start, settle_batches
+from aspo.start import autocast_dtype, check_start, every_dataset, settle_batches
 from aspo.vision import VisionFeatures
 from aspo_kernels import objectives
 
 FALLING_WINDOWS = 3  # logging windows in a row with both rewards negative and falling before the warning
-
-
-def _each(dataset: Any) -> list[Any]:
-    """The data sets of an eval_dataset, which may be several by name."""
-    return list(dataset.values()) if isinstance(dataset, dict) else [dataset]
 
 
 class AspoTrainer(TokenBatches):
@@ -85,7 +80,7 @@ class AspoTrainer(TokenBatches):
         self.objective: objectives.Objective = args.objective()
         self.objective_options = args.objective_options()
         self._needs_similarity = "aspo" in args.loss_type and self.objective_options["alpha"] > 0
-        for dataset in (train_dataset, *_each(eval_dataset)):  # a stream is checked as it comes
+        for dataset in every_dataset(train_dataset, eval_dataset):  # a stream is checked as it comes
             if hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset) and len(dataset):
                 self._require_similarity(dataset[0].get("chosen_similarity"))
 
@@ -119,17 +114,17 @@ class AspoTrainer(TokenBatches):
         self.model_accepts_loss_kwargs = True  # before loss_is_scaled_for_ga, Trainer asked this
         if self.ref_model is not None:
             self.ref_model.to(args.device)
-        datasets = [d for d in (train_dataset, *_each(eval_dataset)) if d is not None]
+        self._settle_step(every_dataset(train_dataset, eval_dataset), own_reference=ref_model is not None)
+
+    def _settle_step(self, datasets: Sequence[Any], own_reference: bool) -> None:
+        """Cache the reference, look once at each image, share and pack: what the options say and the model takes."""
+        args, autocast = self.args, autocast_dtype(self.accelerator)
         if args.precompute_ref_log_probs and self.objective.needs_reference:  # by the model as it is, its own attention
             self._precompute_reference(datasets)
         folder = os.path.join(str(args.output_dir), "vision_cache") if args.vision_cache == "disk" else None
         self.vision = VisionFeatures([self.model, self.ref_model], args.vision_cache, folder)
-        reference = (self.ref_model, ref_model is not None)
-        self.route = settle_batches(self.model, reference, self.data_collator, datasets, args, self._autocast_dtype)
-
-    @property
-    def _autocast_dtype(self) -> torch.dtype | None:
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.accelerator.mixed_precision))
+        reference = (self.ref_model, own_reference)
+        self.route = settle_batches(self.model, reference, self.data_collator, datasets, args, autocast)
 
     def _precompute_reference(self, datasets: Sequence[Any]) -> None:
         """Fill the cache with what it lacks of all rows, check a sample, and let go of a reference of its own."""
@@ -140,7 +135,12 @@ class AspoTrainer(TokenBatches):
         folder = self.args.reference_cache or os.path.join(str(self.args.output_dir), "reference")
         reference = self.model if self.ref_model is None else self.ref_model
         self.data_collator.reference = cached_reference(
-            folder, reference, self.data_collator, datasets, self._autocast_dtype, self.args.per_device_eval_batch_size
+            folder,
+            reference,
+            self.data_collator,
+            datasets,
+            autocast_dtype(self.accelerator),
+            self.args.per_device_eval_batch_size,
         )
         self.ref_model = None
 

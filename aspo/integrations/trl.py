@@ -27,7 +27,7 @@ from aspo.integrations.common import forward_runs, refuse
 from aspo.meters import Meters, record
 from aspo.model import check_head, inference, output_head
 from aspo.objective_options import ObjectiveOptions
-from aspo.start import first_rows
+from aspo.start import autocast_dtype, every_dataset, first_rows
 from aspo.validate import validate_rows
 from aspo.vision import VisionFeatures
 from aspo_kernels import objectives
@@ -123,7 +123,7 @@ class AspoDPOTrainer(DPOTrainer):
         super().__init__(model, ref_model, args, **kwargs)
         args.padding_free = packed
         self._refuse_unsupported()
-        for dataset in _datasets(self.train_dataset, self.eval_dataset):
+        for dataset in every_dataset(self.train_dataset, self.eval_dataset):
             self._check_rows(dataset)
         self.data_collator = collator or Collator(self.processing_class, args.max_length)
         self._head_checked = False
@@ -144,9 +144,8 @@ class AspoDPOTrainer(DPOTrainer):
         collator: Any = self.data_collator
         train: Any = self.train_dataset
         options: Any = self.args  # settle_sharing reads what both configurations have
-        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.accelerator.mixed_precision))
         first = first_rows([train])
-        self.route = settle_sharing(self.model, collator, first, options, autocast)
+        self.route = settle_sharing(self.model, collator, first, options, autocast_dtype(self.accelerator))
         if self.ref_model is not None and collator.makes_trees:
             with_route(self.accelerator.unwrap_model(self.ref_model), self.route)
         folder = os.path.join(str(self.args.output_dir), "vision_cache") if self.args.vision_cache == "disk" else None
@@ -251,8 +250,3 @@ class AspoDPOTrainer(DPOTrainer):
 
     def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
         super()._track_num_input_tokens(inputs["model_inputs"])
-
-
-def _datasets(train: Any, evaluation: Any) -> list[Any]:
-    evaluation = list(evaluation.values()) if isinstance(evaluation, Mapping) else [evaluation]
-    return [dataset for dataset in (train, *evaluation) if dataset is not None]
