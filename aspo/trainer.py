@@ -24,7 +24,7 @@ from aspo.meters import Meters, record
 from aspo.model import base_model, check_head, inference, load_model, output_head
 from aspo.packing import TokenBatches
 from aspo.policy import MERGE, check_attention, check_liger, disable_dropout, load_weights, policy_and_reference
-from aspo.reference import cached_reference
+from aspo.reference_fill import cached_reference
 from aspo.resume import SaveHistory, last_checkpoint
 from aspo.start import autocast_dtype, check_start, every_dataset, settle_batches
 from aspo.vision import VisionFeatures

@@ -20,7 +20,7 @@ from aspo import cli
 from aspo.data import Collator, load_rows, write_rows
 from aspo.logp_cache import ReferenceCache, check_logps, logp_columns, split_by_row
 from aspo.model import load_model, response_logps
-from aspo.reference import check, fill, model_logps, tolerance
+from aspo.reference_fill import check, fill, model_logps, tolerance
 from aspo.reference_settings import reference_settings, weights_hash
 
 MAX_LENGTH = 256
