@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from aspo.object_words import ObjectVocabulary
+
 Counts = dict[str, float]
 Sums = Mapping[str, np.ndarray]  # count name -> () or (resamples,) float64
 
@@ -265,51 +267,6 @@ def minimal_pair_counts(margins: Sequence[float], against_prior: Sequence[bool])
         "prior_pairs": len(prior),
         "prior_pairs_right": sum(margin > 0 for margin in prior),
     }
-
-
-class ObjectVocabulary:
-    """Object names and their synonyms, found in text as CHAIR does: whole words, longest phrase first, plurals too.
-
-    One object a line: `name, synonym, synonym`; empty lines and lines that start with # are skipped.
-    """
-
-    def __init__(self, lines: Iterable[str]):
-        self.canonical: dict[str, str] = {}
-        for number, line in enumerate(lines, start=1):
-            names = [" ".join(part.split()).casefold() for part in line.split(",") if part.strip()]
-            if not names or line.lstrip().startswith("#"):
-                continue
-            for name in names:
-                if self.canonical.setdefault(name, names[0]) != names[0]:
-                    raise ValueError(
-                        f"object vocabulary, line {number}: {name!r} already belongs to {self.canonical[name]!r}; "
-                        "list it once"
-                    )
-        if not self.canonical:
-            raise ValueError("the object vocabulary is empty; write one object a line: name, synonym, synonym")
-        for name, canonical in list(self.canonical.items()):
-            for plural in _plurals(name):
-                self.canonical.setdefault(plural, canonical)
-        phrases = sorted(self.canonical, key=len, reverse=True)
-        self.pattern = re.compile(r"\b(" + "|".join(map(re.escape, phrases)) + r")\b")
-
-    def name(self, word: str) -> str:
-        """The canonical name of a true object. Raises ValueError if the vocabulary lacks it."""
-        word = " ".join(word.split()).casefold()
-        if word not in self.canonical:
-            raise ValueError(
-                f"object {word!r} is not in the object vocabulary; add it or a line that lists it as a synonym"
-            )
-        return self.canonical[word]
-
-    def mentions(self, text: str) -> list[str]:
-        """Canonical names of the objects named in `text`, in order, repeats kept."""
-        return [self.canonical[found] for found in self.pattern.findall(" ".join(text.split()).casefold())]
-
-
-def _plurals(name: str) -> list[str]:
-    plurals = [name + "s", name + "es"]
-    return [*plurals, name[:-1] + "ies"] if name.endswith("y") else plurals
 
 
 def chair_counts(text: str, objects: Iterable[str], vocabulary: ObjectVocabulary) -> Counts:
