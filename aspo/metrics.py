@@ -8,15 +8,16 @@ docs/evaluation.md defines each figure. Nothing here knows a model, an image or 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from aspo.figures import Figure, Sums, divide, ratio
 from aspo.object_words import ObjectVocabulary
+from aspo.suite.figures import SUITE_GROUPS
 
 Counts = dict[str, float]
-Sums = Mapping[str, np.ndarray]  # count name -> () or (resamples,) float64
 
 YES_NO_SPLITS = ("random", "popular", "adversarial")
 STRATA = {
@@ -26,39 +27,9 @@ STRATA = {
 }
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One figure: `compute` maps sums of the counts named in `needs` to its value; NaN where its denominator is 0."""
-
-    name: str
-    label: str
-    needs: tuple[str, ...]
-    compute: Callable[[Sums], np.ndarray]
-    better: str  # "lower", "higher" or "" where neither is better as such
-    percent: bool = True  # a share, shown in per cent; else a plain number
-
-    def show(self, value: float, signed: bool = False) -> str:
-        """`value` for people: per cent with one decimal, or a number with two; "–" where it is undefined."""
-        if not np.isfinite(value):
-            return "–"
-        text = f"{100 * value:.1f}" if self.percent else f"{value:.2f}"
-        if float(text) == 0:
-            return text.lstrip("-")
-        return ("+" if signed and value > 0 else "") + text.replace("-", "\N{MINUS SIGN}")
-
-
-def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    numerator, denominator = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
-    return np.divide(numerator, denominator, out=np.full(denominator.shape, np.nan), where=denominator != 0)
-
-
-def _ratio(name: str, label: str, top: str, bottom: str, better: str = "", percent: bool = True) -> Figure:
-    return Figure(name, label, (top, bottom), lambda s: _divide(s[top], s[bottom]), better, percent)
-
-
 def _claim_f1(s: Sums) -> np.ndarray:
-    precision, recall = _divide(s["true_facts"], s["distinct_claims"]), _divide(s["covered_facts"], s["stateable"])
-    return _divide(2 * precision * recall, precision + recall)
+    precision, recall = divide(s["true_facts"], s["distinct_claims"]), divide(s["covered_facts"], s["stateable"])
+    return divide(2 * precision * recall, precision + recall)
 
 
 def _yes_no(split: str) -> list[Figure]:
@@ -66,37 +37,35 @@ def _yes_no(split: str) -> list[Figure]:
     hit, false_yes, missed = f"{split}_yes_hit", f"{split}_yes_false", f"{split}_yes_missed"
 
     def f1(s: Sums) -> np.ndarray:
-        return _divide(2 * s[hit], 2 * s[hit] + s[false_yes] + s[missed])
+        return divide(2 * s[hit], 2 * s[hit] + s[false_yes] + s[missed])
 
     return [
-        _ratio(f"yes_no_accuracy_{split}", f"yes/no accuracy, {split}", right, asked, "higher"),
+        ratio(f"yes_no_accuracy_{split}", f"yes/no accuracy, {split}", right, asked, "higher"),
         Figure(f"yes_no_f1_{split}", f"yes/no F1, {split}", (hit, false_yes, missed), f1, "higher"),
-        _ratio(f"yes_ratio_{split}", f"yes-ratio, {split}", yes, asked),
-        _ratio(f"yes_no_unanswered_{split}", f"neither yes nor no, {split}", f"{split}_unanswered", asked, "lower"),
+        ratio(f"yes_ratio_{split}", f"yes-ratio, {split}", yes, asked),
+        ratio(f"yes_no_unanswered_{split}", f"neither yes nor no, {split}", f"{split}_unanswered", asked, "lower"),
     ]
 
 
 GROUPS: dict[str, tuple[Figure, ...]] = {
     "Claims": (
-        _ratio("hallucinated_sentences", "hallucinated sentences", "false_sentences", "checkable_sentences", "lower"),
-        _ratio("hallucinated_sentences_per_item", "the same, mean per item", "item_rate", "items_with_rate", "lower"),
-        _ratio("shr", "false / all sentences (SHR-like)", "false_sentences", "sentences", "lower"),
-        _ratio(
-            "false_claims_per_item", "false claims per item", "false_claims", "judged_items", "lower", percent=False
-        ),
-        _ratio("coverage", "coverage (claim recall)", "covered_facts", "stateable", "higher"),
-        _ratio("claim_precision", "claim precision", "true_facts", "distinct_claims", "higher"),
+        ratio("hallucinated_sentences", "hallucinated sentences", "false_sentences", "checkable_sentences", "lower"),
+        ratio("hallucinated_sentences_per_item", "the same, mean per item", "item_rate", "items_with_rate", "lower"),
+        ratio("shr", "false / all sentences (SHR-like)", "false_sentences", "sentences", "lower"),
+        ratio("false_claims_per_item", "false claims per item", "false_claims", "judged_items", "lower", percent=False),
+        ratio("coverage", "coverage (claim recall)", "covered_facts", "stateable", "higher"),
+        ratio("claim_precision", "claim precision", "true_facts", "distinct_claims", "higher"),
         Figure(
             "claim_f1", "claim F1", ("true_facts", "distinct_claims", "covered_facts", "stateable"), _claim_f1, "higher"
         ),
     ),
     "False claims by the true colour": tuple(
-        _ratio(f"false_claims_{name}", f"false claims, {label}", f"false_{name}", f"claims_{name}", "lower")
+        ratio(f"false_claims_{name}", f"false claims, {label}", f"false_{name}", f"claims_{name}", "lower")
         for name, label in STRATA.items()
     ),
     "Minimal pairs, teacher-forced": (
-        _ratio("minimal_pair_accuracy", "minimal-pair accuracy", "pairs_right", "pairs", "higher"),
-        _ratio(
+        ratio("minimal_pair_accuracy", "minimal-pair accuracy", "pairs_right", "pairs", "higher"),
+        ratio(
             "minimal_pair_accuracy_prior",
             "minimal pairs against the prior",
             "prior_pairs_right",
@@ -105,19 +74,20 @@ GROUPS: dict[str, tuple[Figure, ...]] = {
         ),
     ),
     "Objects named": (
-        _ratio("chair_i", "CHAIR_i: absent / named", "objects_absent", "objects_named", "lower"),
-        _ratio("chair_s", "CHAIR_s: answers with an absent one", "answers_with_absent", "object_answers", "lower"),
-        _ratio("object_coverage", "object coverage", "objects_found", "objects_true", "higher"),
+        ratio("chair_i", "CHAIR_i: absent / named", "objects_absent", "objects_named", "lower"),
+        ratio("chair_s", "CHAIR_s: answers with an absent one", "answers_with_absent", "object_answers", "lower"),
+        ratio("object_coverage", "object coverage", "objects_found", "objects_true", "higher"),
     ),
     "Yes/no questions": tuple(figure for split in (*YES_NO_SPLITS, "all") for figure in _yes_no(split)),
     "Form": (
-        _ratio("tokens", "tokens per answer", "tokens", "answers", percent=False),
-        _ratio("sentences_per_answer", "sentences per answer", "sentences", "sentence_answers", percent=False),
-        _ratio("unparseable", "unparseable sentences", "unparseable_sentences", "sentences", "lower"),
-        _ratio("duplicate", "duplicate sentences", "duplicate_sentences", "sentences", "lower"),
-        _ratio("empty", "empty answers", "empty_answers", "answers", "lower"),
-        _ratio("eos", "answers that end by themselves", "eos_answers", "answers", "higher"),
+        ratio("tokens", "tokens per answer", "tokens", "answers", percent=False),
+        ratio("sentences_per_answer", "sentences per answer", "sentences", "sentence_answers", percent=False),
+        ratio("unparseable", "unparseable sentences", "unparseable_sentences", "sentences", "lower"),
+        ratio("duplicate", "duplicate sentences", "duplicate_sentences", "sentences", "lower"),
+        ratio("empty", "empty answers", "empty_answers", "answers", "lower"),
+        ratio("eos", "answers that end by themselves", "eos_answers", "answers", "higher"),
     ),
+    **SUITE_GROUPS,
 }
 FIGURES = tuple(figure for group in GROUPS.values() for figure in group)
 HEADLINE = (

@@ -1,0 +1,1 @@
+"""Benchmarks: scored here from local files, or run through lmms-eval or VLMEvalKit (`aspo eval --suite NAME`)."""
