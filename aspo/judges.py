@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,9 @@ from aspo.metrics import (
     minimal_pair_counts,
     yes_no_counts,
 )
-from aspo.model import response_logps
+from aspo.minimal_pairs import margins
 from aspo.world.language import Claim, judge, minimal_pairs, questions, stateable
 from aspo.world.scenes import Scene
-from aspo_kernels.segments import segment_sum
 
 ANSWER_TOKENS = 8  # of a yes/no question's answer
 
@@ -84,18 +83,17 @@ def judge_scenes(model: Any, processor: Any, rows: list[Row], options: Options, 
     flat = [{**row, "prompt": question} for row, qs in zip(rows, asked, strict=True) for _, question, _ in qs]
     said = iter(_generate(model, processor, flat, options, start, ANSWER_TOKENS))
     pairs = [_scene_pairs(scene, options) for scene in scenes]
-    margins = iter(_margins(model, processor, rows, pairs, options.batch_size))
+    pair_margins = margins(model, processor, rows, pairs, options.batch_size)
     items = []
-    for scene, answer, qs, scene_pairs in zip(scenes, answers, asked, pairs, strict=True):
+    for scene, answer, qs, scene_pairs, of_scene in zip(scenes, answers, asked, pairs, pair_margins, strict=True):
         claims = judge(answer.text, scene)
         counts = scene_counts(claims, scene) | answer_counts(answer.text, answer.num_tokens, answer.finished)
         replies = [(split, question, truth, next(said).text) for split, question, truth in qs]
         if replies:
             counts |= yes_no_counts([(split, truth, reply) for split, _, truth, reply in replies])
-        pair_margins = [next(margins) for _ in scene_pairs]
         if scene_pairs:
             against = [judge(false, scene)[0].states_prior for _, false in scene_pairs]
-            counts |= minimal_pair_counts(pair_margins, against)
+            counts |= minimal_pair_counts(of_scene, against)
         items.append(
             {
                 "text": answer.text,
@@ -105,7 +103,7 @@ def judge_scenes(model: Any, processor: Any, rows: list[Row], options: Options, 
                 ],
                 "minimal_pairs": [
                     {"true": true, "false": false, "margin": margin}
-                    for (true, false), margin in zip(scene_pairs, pair_margins, strict=True)
+                    for (true, false), margin in zip(scene_pairs, of_scene, strict=True)
                 ],
                 "counts": counts,
             }
@@ -150,22 +148,6 @@ def _scene_pairs(scene: Scene, options: Options) -> list[tuple[str, str]]:
     if options.minimal_pairs is None or options.minimal_pairs >= len(pairs):
         return pairs
     return random.Random(f"{scene.content_hash}:{options.seed}").sample(pairs, options.minimal_pairs)
-
-
-def _margins(
-    model: Any, processor: Any, rows: Sequence[Row], pairs: Sequence[Sequence[tuple[str, str]]], batch_size: int
-) -> Iterator[float]:
-    """log p(true sentence) - log p(false one) for every pair, teacher-forced; the end-of-turn token is not counted."""
-    flat = [
-        {"prompt": row["prompt"], "images": row["images"], "chosen": true, "rejected": false}
-        for row, row_pairs in zip(rows, pairs, strict=True)
-        for true, false in row_pairs
-    ]
-    for batch in response_logps(model, processor, flat, batch_size=batch_size):
-        mask = batch.layout.perplexity_mask
-        logps = batch.logps if mask is None else batch.logps * mask
-        true, false = segment_sum(logps, batch.layout.response_token_offsets).chunk(2)
-        yield from (true - false).tolist()
 
 
 def judge_questions(model: Any, processor: Any, rows: list[Row], options: Options, start: int, _: Any) -> list[Item]:

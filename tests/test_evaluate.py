@@ -11,16 +11,17 @@ from tiny import tiny_llava
 
 from aspo import evaluate as command
 from aspo import judges
+from aspo import minimal_pairs as module
 from aspo.evaluate import evaluate, fingerprint
 from aspo.folder import load_images, write_rows
 from aspo.generation import Answer
 from aspo.judges import Options, scene_counts
 from aspo.metrics import ObjectVocabulary, summarise
+from aspo.minimal_pairs import margins
 from aspo.model import load_model
 from aspo.rows import load_rows
 from aspo.world.language import judge, minimal_pairs, questions
 from aspo.world.scenes import HELD_OUT, USUAL, Scene, Thing
-from aspo_kernels import SentenceLayout
 
 HELD = next(iter(sorted(HELD_OUT)))
 SCENE = Scene(
@@ -54,14 +55,9 @@ class Fake:
         texts = [self.answer(row) for row in rows]
         return [Answer(text, len(text.split()) + 1, True) for text in texts]
 
-    def logps(self, model, processor, rows, batch_size):
-        """The true sentence gets -1 a token, the false one -2 and, for its end token (not counted), +100."""
-        for row in rows:
-            labels, ids = torch.tensor([[1, 2, 9], [1, 3, 9]]), torch.zeros(2, 3, dtype=torch.long)
-            layout = SentenceLayout.from_labels(labels, ids, eos_token_id=9)
-            yield argparse.Namespace(
-                logps=torch.tensor([-1.0, -1, 0, -2, -2, 100]), layout=layout, ids=[row.get("id", "")]
-            )
+    def margins(self, model, processor, rows, pairs, batch_size):
+        """Every true sentence is 2 nats likelier than the false one."""
+        return [[2.0 for _ in of_row] for of_row in pairs]
 
 
 @pytest.fixture
@@ -74,7 +70,7 @@ def fake(monkeypatch):
 
     fake = Fake(answer)
     monkeypatch.setattr(judges, "generate_answers", fake.generate)
-    monkeypatch.setattr(judges, "response_logps", fake.logps)
+    monkeypatch.setattr(judges, "margins", fake.margins)
     return fake
 
 
@@ -95,7 +91,7 @@ def test_a_world_answer_by_hand(fake):
     assert figures["tokens"] == 18
     assert (figures["yes_no_accuracy_all"], figures["yes_ratio_all"]) == (0.5, 1.0)  # says yes to everything
     assert figures["minimal_pair_accuracy"] == 1.0
-    assert item["minimal_pairs"][0]["margin"] == pytest.approx(2.0)  # the end token's +100 is not counted
+    assert item["minimal_pairs"][0]["margin"] == 2.0
     assert item["sentences"][1] == {
         "text": f"The square is {USUAL['square']}.",
         "verdict": "false",
@@ -204,6 +200,21 @@ def test_a_real_model_end_to_end(tmp_path):
             logps = model(**inputs).logits[0, :-1].log_softmax(-1)
         total[kind] = logps.gather(-1, inputs["input_ids"][0, 1:, None])[-count:].sum().item()
     assert pair["margin"] == pytest.approx(total["true"] - total["false"], abs=1e-4)
+
+
+def test_margins_behind_one_prefix_are_those_of_plain_rows(tmp_path, monkeypatch):
+    """Rows of 0 to 3 pairs; to the bit on a CPU, since attention by segments adds in the order of a plain row's."""
+    model, processor = load_model(tiny_llava(tmp_path))
+    rows = list(load_rows("world:validation", kind="prompt", limit=4))
+    pairs = [
+        minimal_pairs(Scene.from_json(row["scene"]))[:count] for row, count in zip(rows, (2, 0, 3, 2), strict=True)
+    ]
+    own = model.config.get_text_config()._attn_implementation
+    shared = margins(model, processor, rows, pairs, batch_size=2)
+    assert model.config.get_text_config()._attn_implementation == own
+    assert [len(values) for values in shared] == [2, 0, 3, 2] and len({v for vs in shared for v in vs}) == 7
+    monkeypatch.setattr(module, "_can_share", lambda *_: False)
+    assert margins(model, processor, rows, pairs, batch_size=2) == shared
 
 
 def test_fingerprint_sees_every_weight():
