@@ -1,4 +1,4 @@
-"""Answers of a model: generated in batches, the same for a model and its fine-tuned self."""
+"""Answers of a model, whole or sentence by sentence: in batches, the same for a model and its fine-tuned self."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from aspo.folder import load_images
 from aspo.model import base_model, inference
-from aspo.prompts import encode_prompt, end_of_turn, generation_inputs, tokenizer_of
+from aspo.prompts import encode_prompt, end_of_turn, generation_inputs, named, run_processor, tokenizer_of
+from aspo.sentences import Splitter, split_sentences
+
+_SENTENCE_MARKS = frozenset(".!?\u2026\u3002\uff01\uff1f\n")  # without one of these before its end no text is cut
+_TAIL = 8  # tokens of a prompt that are decoded with what follows, for the whitespace between them
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,20 @@ class Answer:
     text: str
     num_tokens: int
     finished: bool
+
+
+@dataclass(frozen=True)
+class NextSentence:
+    """One more sentence of an answer.
+
+    text: with the whitespace that stands before it; "" where the answer ends at once.
+    complete: False where neither a sentence nor the answer ended within the tokens allowed: the text is cut off.
+    ends: whether the answer ends with it (EOS).
+    """
+
+    text: str
+    complete: bool
+    ends: bool
 
 
 def generate(model: nn.Module, processor: Any, rows: Sequence[Mapping[str, Any]], **options: Any) -> list[str]:
@@ -70,6 +88,97 @@ def generate_answers(
     return answers
 
 
+def generate_sentences(
+    model: nn.Module,
+    processor: Any,
+    rows: Sequence[Mapping[str, Any]],
+    beginnings: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    splitter: Splitter = split_sentences,
+) -> list[NextSentence]:
+    """The next sentence of each row's answer behind the beginning that it is given; give a row n times for n of them.
+
+    Args:
+        rows, temperature, seed, batch_size: as in `generate_answers`.
+        beginnings: whole sentences, one text a row; "" = the answer's first sentence is wanted.
+        max_new_tokens: of a sentence.
+        splitter: says where the sentence ends: at its second sentence's first token generation stops.
+    """
+    if len(beginnings) != len(rows):
+        raise ValueError(f"{len(beginnings)} beginnings for {len(rows)} rows; give one for each")
+    if not rows:
+        return []
+    outer, tokenizer = base_model(model), tokenizer_of(processor)
+    config = _generation_config(outer, processor, rows[0], max_new_tokens, temperature)
+    made: list[NextSentence] = []
+    with inference(model), torch.random.fork_rng():
+        for start in range(0, len(rows), batch_size):
+            torch.manual_seed(seed + start)
+            part = slice(start, start + batch_size)
+            inputs = _continued_inputs(processor, rows[part], beginnings[part])
+            ids = inputs["input_ids"]
+            stop = SentenceEnd(tokenizer, ids.shape[1], len(ids), splitter)
+            tokens = _generate_tokens(outer, inputs, config, [stop])
+            for before, new, length, beginning in zip(ids, tokens, stop.lengths, beginnings[part], strict=True):
+                kept = new if length is None else new[:length]
+                end = next((k for k, token in enumerate(kept) if token in config.eos_token_id), None)
+                text = decode_behind(tokenizer, before[-_TAIL:].tolist(), kept if end is None else kept[: end + 1])
+                made.append(cut_sentence(text if beginning else text.lstrip(), end is not None, splitter))
+    return made
+
+
+def cut_sentence(text: str, ended: bool, splitter: Splitter = split_sentences) -> NextSentence:
+    """The first sentence of what was generated; `ended`: whether an end-of-turn token followed it."""
+    if not text.strip():
+        return NextSentence("", ended, ended)
+    spans = splitter(text)
+    return NextSentence(text[: spans[0][1]].rstrip(), ended or len(spans) > 1, ended and len(spans) == 1)
+
+
+def decode_behind(tokenizer: Any, before: list[int], tokens: list[int]) -> str:
+    """The text of tokens that follow others; decoded alone they can lose the space in front (SentencePiece)."""
+    lead = tokenizer.decode(before, skip_special_tokens=True)
+    whole = tokenizer.decode(before + tokens, skip_special_tokens=True)
+    return whole[len(lead) :] if whole.startswith(lead) else tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+class SentenceEnd(StoppingCriteria):
+    """Ends a row as soon as its answer has begun a second sentence.
+
+    lengths: tokens of each row when it was ended, None where it was not (behind them `generate` writes padding, which
+    may be the end-of-turn token itself).
+    """
+
+    def __init__(self, tokenizer: Any, start: int, rows: int, splitter: Splitter) -> None:
+        self.tokenizer, self.start, self.splitter = tokenizer, start, splitter
+        self.lengths: list[int | None] = [None] * rows
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+        length = input_ids.shape[1] - self.start
+        for n, row in enumerate(input_ids[:, self.start :].tolist()):
+            if self.lengths[n] is None:
+                text = self.tokenizer.decode(row, skip_special_tokens=True)
+                if not _SENTENCE_MARKS.isdisjoint(text[:-1]) and len(self.splitter(text)) > 1:
+                    self.lengths[n] = length
+        return torch.tensor([ended is not None for ended in self.lengths], device=input_ids.device)
+
+
+def _continued_inputs(
+    processor: Any, rows: Sequence[Mapping[str, Any]], beginnings: Sequence[str]
+) -> dict[str, Tensor]:
+    """`generation_inputs` with the beginning of an answer behind each prompt."""
+    images = [named(row, load_images, row) for row in rows]
+    prompts = []
+    for row, pictures, beginning in zip(rows, images, beginnings, strict=True):
+        prompt = named(row, encode_prompt, processor, row["prompt"], pictures)
+        prompts.append(prompt._replace(text=prompt.text + prompt.lead + beginning) if beginning else prompt)
+    return run_processor(processor, prompts, images, padding_side="left")
+
+
 def _answer_batch(
     model: Any,
     processor: Any,
@@ -82,15 +191,22 @@ def _answer_batch(
         if "pixel_values" not in inputs:
             raise ValueError("pixel_transform was given, but the batch has no pixel_values: its rows have no images")
         inputs["pixel_values"] = pixel_transform(inputs["pixel_values"])
+    return [_finish(row, processor, config.eos_token_id) for row in _generate_tokens(model, inputs, config)]
+
+
+def _generate_tokens(
+    model: Any, inputs: Mapping[str, Tensor], config: GenerationConfig, stops: Sequence[StoppingCriteria] = ()
+) -> list[list[int]]:
+    """The new tokens of each row."""
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     # `generate` takes from the model's own config whatever ours leaves open (no_repeat_ngram_size, min_p, ...): what a
     # checkpoint's author liked would then decide the answers, and differ between a model and its fine-tuned self.
     own, model.generation_config = model.generation_config, config
     try:
-        tokens = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
+        tokens = model.generate(**inputs, generation_config=config, stopping_criteria=StoppingCriteriaList(stops))
     finally:
         model.generation_config = own
-    return [_finish(row, processor, config.eos_token_id) for row in tokens.tolist()]
+    return tokens[:, inputs["input_ids"].shape[1] :].tolist()
 
 
 def _finish(tokens: list[int], processor: Any, ends: list[int]) -> Answer:

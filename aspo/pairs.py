@@ -1,121 +1,70 @@
-"""`aspo pairs`: preference pairs from prompts alone, by the recipe of SeVa (arXiv 2404.10501).
+"""`aspo pairs`: preference pairs made with the model itself, by one of several methods (`aspo.pair_makers`).
 
-The chosen response is the model's answer to the image, the rejected one its answer to the same image under diffusion
-noise; pairs of the same text are dropped.
-
-    x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps,   abar_t = prod_{s <= t} (1 - b_s),
-    b = sigmoid(linspace(-6, 6, 1000)) * (5e-3 - 1e-5) + 1e-5,   x the normalised pixels, eps standard normal
+Rows go through a method batch by batch. What it makes is appended to rows.jsonl, and each row of --data that is done to
+done.jsonl, so that a stopped run goes on where it was; a batch is always the same rows by their place, so that it then
+gives what an uninterrupted run gives.
 """
 
 import argparse
-import hashlib
+import importlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from aspo.data import append_row, load_rows, row_name, validate_rows
 from aspo.folder import ROWS_FILE, append_line, image_entries, read_lines
-from aspo.generation import Answer, generate_answers
 from aspo.model import load_model
+from aspo.pair_makers import MADE, METHODS, Make, Row, seva
+from aspo.pair_makers.noise import NOISE_STEPS, add_noise, image_seeds, noise_schedule
+from aspo.pair_makers.seva import DROPPED, answer_pairs, judge
 from aspo.resume import write_json
 from aspo.scores import progress_bar
 
-NOISE_STEPS = 1000
 DONE_FILE, SETTINGS_FILE = "done.jsonl", "settings.json"
-MADE = "made"
-DROPPED = {  # status of a prompt -> how the summary calls it
-    "identical": "both answers are the same",
-    "empty": "an answer is empty",
-    "unfinished": "an answer did not end within --max-new-tokens",
-    "no image": "the prompt has no image",
+BOUNDS: dict[str, tuple[float, float | None]] = {  # option -> least and greatest value
+    "noise_step": (0, NOISE_STEPS - 1),
+    "max_new_tokens": (1, None),
+    "batch_size": (1, None),
+    "temperature": (0, None),
+    "candidates": (2, None),
+    "beams": (1, None),
+    "max_sentences": (1, None),
+    "clip_weight": (0, 1),
+    "margin": (0, None),
+    "count": (1, None),
 }
-_NOISED_SEED = 1_000_003  # the noised images' answers are sampled with other random numbers than the clean ones'
-Row = Mapping[str, Any]
 
 
-@cache
-def noise_schedule() -> Tensor:
-    """(1000,) fp64, abar_t for t = 0..999."""
-    betas = torch.sigmoid(torch.linspace(-6, 6, NOISE_STEPS, dtype=torch.float64)) * (5e-3 - 1e-5) + 1e-5
-    return torch.cumprod(1 - betas, dim=0)
-
-
-def add_noise(pixel_values: Tensor, step: int, seeds: Sequence[int]) -> Tensor:
-    """Diffusion noise of step 0..999 on normalised pixels, of the same shape and dtype.
-
-    Args:
-        pixel_values: (n, ...). With n = len(seeds), image i gets the noise of seeds[i] whatever its neighbours are;
-            otherwise (processors that pack the patches of all images) the noise of the batch comes from seeds[0].
-        step: the diffusion step.
-        seeds: one for each image.
-    """
-    if not 0 <= step < NOISE_STEPS:
-        raise ValueError(f"noise step is {step}; it must be 0 to {NOISE_STEPS - 1}")
-    parts = list(pixel_values) if len(pixel_values) == len(seeds) else [pixel_values]
-    noise = [
-        torch.randn(part.shape, generator=torch.Generator().manual_seed(seed))
-        for part, seed in zip(parts, seeds, strict=False)
-    ]
-    eps = torch.stack(noise) if len(parts) == len(seeds) else noise[0]
-    abar = float(noise_schedule()[step])
-    x = pixel_values.float()
-    return (abar**0.5 * x + (1 - abar) ** 0.5 * eps.to(x.device).reshape(x.shape)).to(pixel_values.dtype)
-
-
-def image_seeds(row: Row, seed: int) -> list[int]:
-    """A seed for each image of a row, from the run's seed and the row's id alone."""
-    return [
-        int.from_bytes(hashlib.sha256(f"{seed}/{row['id']}/{n}".encode()).digest()[:7])
-        for n in range(len(image_entries(row)))
-    ]
-
-
-def answer_pairs(
-    model: torch.nn.Module,
-    processor: Any,
+def run_method(
+    make: Make,
     rows: Sequence[Row],
+    out: Path,
     *,
-    noise_step: int = 500,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    seed: int = 0,
-    start: int = 0,
-) -> list[tuple[Answer, Answer]]:
-    """(answer on the clean images, answer on the noised ones) of each row, all rows in one batch.
-
-    `start` is the place of the first row in the data set: batches at different places sample different numbers.
-    """
-    seeds = [s for row in rows for s in image_seeds(row, seed)]
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "batch_size": len(rows),
-    }
-    clean = generate_answers(model, processor, rows, seed=seed + start, **options)
-    noised = generate_answers(
-        model,
-        processor,
-        rows,
-        seed=seed + start + _NOISED_SEED,
-        pixel_transform=lambda pixels: add_noise(pixels, noise_step, seeds),
-        **options,
-    )
-    return list(zip(clean, noised, strict=True))
-
-
-def judge(clean: Answer, noised: Answer) -> str:
-    """ "made", or why the pair is dropped (a key of DROPPED)."""
-    if not clean.text.strip() or not noised.text.strip():
-        return "empty"
-    if clean.text.strip() == noised.text.strip():
-        return "identical"
-    return MADE if clean.finished and noised.finished else "unfinished"
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Make what `out` has no record of, batch by batch; rows and records are appended as they are made."""
+    status = recorded(out)
+    written = {line["id"] for line in read_lines(out / ROWS_FILE)}
+    for start in range(0, len(rows), batch_size):
+        batch = [dict(rows[i]) for i in range(start, min(start + batch_size, len(rows)))]
+        if any(row["id"] not in status for row in batch):
+            for row, made in zip(batch, make(batch, start), strict=True):
+                if row["id"] in status:
+                    continue
+                for new in made.rows:
+                    if new["id"] not in written:
+                        append_row(out, new)
+                record = {"id": row["id"], "status": made.status}
+                if made.counts:
+                    record["counts"] = dict(made.counts)
+                append_line(out / DONE_FILE, json.dumps(record) + "\n")
+        if progress is not None:
+            progress(len(batch))
 
 
 def make_pairs(
@@ -129,117 +78,126 @@ def make_pairs(
     progress: Callable[[int], None] | None = None,
     **options: Any,
 ) -> None:
-    """Answer all rows that `out` has no record of, batch by batch; rows and records are appended as they are made.
-
-    A batch is always the same rows (by their place), so that a run which goes on gives what an uninterrupted one gives.
-    `options` go to `answer_pairs`.
-    """
-    status = recorded(out)
-    written = {line["id"] for line in read_lines(out / ROWS_FILE)}
-    for start in range(0, len(rows), batch_size):
-        batch = [dict(rows[i]) for i in range(start, min(start + batch_size, len(rows)))]
-        if any(row["id"] not in status for row in batch):
-            asked = [row for row in batch if image_entries(row)]
-            answers = answer_pairs(model, processor, asked, seed=seed, start=start, **options) if asked else []
-            outcome = dict(zip((row["id"] for row in asked), answers, strict=True))
-            for row in batch:
-                if row["id"] in status:
-                    continue
-                pair = outcome.get(row["id"])
-                verdict = judge(*pair) if pair else "no image"
-                if pair and verdict == MADE and row["id"] not in written:
-                    append_row(out, _pair_row(row, *pair))
-                append_line(out / DONE_FILE, json.dumps({"id": row["id"], "status": verdict}) + "\n")
-        if progress is not None:
-            progress(len(batch))
-
-
-def _pair_row(row: Row, clean: Answer, noised: Answer) -> dict[str, Any]:
-    kept = {key: row[key] for key in ("id", "prompt", "images", "scene") if row.get(key) is not None}
-    return {**kept, "chosen": clean.text.strip(), "rejected": noised.text.strip()}
+    """SeVa's pairs of all rows in `out`; `options` as in `answer_pairs`."""
+    settings = {**seva.OPTIONS, "seed": seed, "batch_size": batch_size, **options}
+    make = seva.maker(settings, lambda: (model, processor))
+    run_method(make, rows, out, batch_size=batch_size, progress=progress)
 
 
 def recorded(out: Path) -> dict[str, str]:
-    """id -> status of the prompts that are done."""
+    """id -> status of the rows that are done."""
     return {line["id"]: line["status"] for line in read_lines(out / DONE_FILE)}
 
 
-def summary(status: Mapping[str, str], out: Path) -> str:
-    """How many pairs were made, how many dropped and why."""
-    counts = Counter(status.values())
-    lines = [f"{counts[MADE]} pairs of {len(status)} prompts, in {out}"]
-    lines += [f"  dropped {counts[key]}: {text}" for key, text in DROPPED.items() if counts[key]]
-    return "\n".join(lines)
+def summary(status: Mapping[str, str], out: Path, dropped: Mapping[str, str] = DROPPED) -> str:
+    """How many rows were made of how many, how many gave none and why, and what else the method counted."""
+    reasons = Counter(status.values())
+    counts: Counter[str] = Counter()
+    for line in read_lines(out / DONE_FILE):
+        counts.update(line.get("counts", {}))
+    made = sum(1 for _ in read_lines(out / ROWS_FILE))
+    lines = [f"{made} pairs of {len(status)} prompts, in {out}"]
+    lines += [f"  dropped {reasons[key]}: {text}" for key, text in dropped.items() if reasons[key]]
+    return "\n".join([*lines, *(f"  {count} {words}" for words, count in counts.items())])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `aspo pairs`."""
+    methods = "\n".join(f"  {name:10}{about}" for name, (_, about) in METHODS.items())
     parser.description = (
-        "Make preference pairs from prompts with images: chosen = the model's answer, rejected = its answer when the\n"
-        "image is covered with diffusion noise. Pairs of the same text, with an empty answer, or with an answer that\n"
-        "did not end are dropped. Writes a folder for `aspo score` and `aspo train`.\n"
-        "Run the same command again to go on after a stop."
+        "Make preference pairs with a model, from prompts with images (some methods: from pairs). --method:\n\n"
+        f"{methods}\n\n"
+        "Prompts that give no pair are counted with the reason. Writes a folder for `aspo score` and `aspo train`.\n"
+        "Run the same command again to go on after a stop. docs/pairs.md tells what each method does."
     )
     parser.epilog = (
         "examples:\n"
         "  aspo pairs --model llava-hf/llava-1.5-7b-hf --data llava_instruct_150k.json --image-root coco/train2017 \\\n"
         "             --limit 20000 --dtype bfloat16 --out pairs\n"
-        "  aspo pairs --model world --data world:train --limit 500 --out runs/pairs"
+        "  aspo pairs --model world --data world:train --limit 500 --out runs/pairs\n"
+        "  aspo pairs --method csr --model world --scorer world --data world:train --limit 100 --out runs/csr"
     )
-    parser.add_argument("--model", required=True, help="folder or hub name of the model; world = the embedded one")
-    parser.add_argument(
-        "--data", required=True, help="prompts: folder, .jsonl, .json (LLaVA's rows too), .parquet or world:<split>"
+    add = parser.add_argument
+    add("--method", default="seva", choices=METHODS, metavar="NAME", help="see above (default: seva)")
+    add("--model", help="folder or hub name of the model; world = the embedded one")
+    add("--data", required=True, help="rows: folder, .jsonl, .json (LLaVA's rows too), .parquet or world:<split>")
+    add("--out", required=True, help="folder to write")
+    add("--limit", type=int, help="only the first rows (default: all)")
+    add("--image-root", help="where relative image paths start (default: the folder of --data)")
+    own = parser.add_argument_group("options of methods", "one that the method does not read is refused")
+    add = own.add_argument
+    add("--noise-step", type=int, help="diffusion step, 0 to 999 (default: 500)")
+    add(
+        "--max-new-tokens",
+        type=int,
+        help="tokens at most: of an answer (default: 256); csr, sentinel: of a sentence (64)",
     )
-    parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--noise-step", type=int, default=500, help="diffusion step, 0 to 999 (default: 500)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer at most (default: 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy, else sampling (default: 0)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise and the sampling (default: 0)")
-    parser.add_argument("--batch-size", type=int, default=16, help="prompts at a time (default: 16)")
-    parser.add_argument("--limit", type=int, help="only the first prompts (default: all)")
-    parser.add_argument("--image-root", help="where relative image paths start (default: the folder of --data)")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16, float16 or auto (default: float32)")
-    parser.add_argument("--device", help="torch device (default: the accelerator if there is one, else cpu)")
+    add("--temperature", type=float, help="0 = greedy (default), else sampling; csr, sentinel: above 0 (default: 1)")
+    add("--seed", type=int, help="of the noise and the sampling (default: 0)")
+    add("--batch-size", type=int, help="prompts, and sequences, at a time (default: 16)")
+    add("--scorer", help="csr, sentinel: CLIP as for `aspo score`, or world")
+    add("--candidates", type=int, help="csr, sentinel: next sentences sampled behind each beginning (default: 5)")
+    add("--max-sentences", type=int, help="csr, sentinel: sentences of an answer at most (default: 16)")
+    add("--beams", type=int, help="csr: how many of the best, and of the worst, beginnings go on (default: 2)")
+    add("--clip-weight", type=float, help="csr: similarity's share in a sentence's score, 0 to 1 (default: 0.9)")
+    add("--judge", help="sentinel: similarity (default), or truth (the world's scenes)")
+    add("--margin", type=float, help="sentinel: least difference of the two sentences' cosines (default: 0.02)")
+    add("--language", help="csr, sentinel: language code of the sentence splitter (default: en)")
+    add("--engine", help="csr, sentinel: what generates, transformers (default) or vllm")
+    add("--dtype", help="float32, bfloat16, float16 or auto (default: float32)")
+    add("--device", help="torch device (default: the accelerator if there is one, else cpu)")
+
+
+COMMON = ("method", "data", "out", "limit", "image_root")
+
+
+def method_options(args: argparse.Namespace, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's options: as given, else their defaults. Raises ValueError for one that it would ignore."""
+    given = {name: value for name, value in vars(args).items() if value is not None and name not in COMMON}
+    for name in given:
+        if name not in defaults:
+            raise ValueError(f"{_flag(name)} is not read by --method {args.method}: drop it")
+    options = {**defaults, **given}
+    if "model" in options and options["model"] is None:
+        raise ValueError(f"--method {args.method} needs --model")
+    for name, value in options.items():
+        low, high = BOUNDS.get(name, (None, None))
+        if value is not None and low is not None and not (low <= value and (high is None or value <= high)):
+            least = f"at least {low:g}" if high is None else f"{low:g} to {high:g}"
+            raise ValueError(f"{_flag(name)} is {value}; it must be {least}")
+    return options
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `aspo pairs`."""
-    for name, value, low, high in (
-        ("--noise-step", args.noise_step, 0, NOISE_STEPS - 1),
-        ("--max-new-tokens", args.max_new_tokens, 1, None),
-        ("--batch-size", args.batch_size, 1, None),
-        ("--temperature", args.temperature, 0, None),
-    ):
-        if value < low or (high is not None and value > high):
-            raise ValueError(f"{name} is {value}; it must be {f'{low} to {high}' if high else f'at least {low}'}")
+    method = importlib.import_module(f"aspo.pair_makers.{METHODS[args.method][0]}")
+    options = method_options(args, method.OPTIONS)
     rows = load_rows(args.data, kind="prompt", limit=args.limit, image_root=args.image_root)
     validate_rows(rows, "prompt")
     _check_ids(rows)
+    method.check(rows, options)
+    if args.method not in ("seva", "unpaired") and not any(image_entries(row) for row in rows):
+        raise ValueError(f"none of the {len(rows)} rows of {args.data} has an image; --method {args.method} needs them")
     out = Path(args.out)
-    settings = _check_settings(args, out)
+    settings = _check_settings(args, options, out)
     ids = set(rows["id"])
     if not ids <= recorded(out).keys():
-        model, processor = load_model(args.model, args.dtype, device=args.device)
+        make = method.maker(options, lambda: load_model(options["model"], options["dtype"], device=options["device"]))
         write_json(out / SETTINGS_FILE, settings)
         with progress_bar() as bar:
             task = bar.add_task("answering", total=len(rows))
-            make_pairs(
-                model,
-                processor,
-                rows,
-                out,
-                batch_size=args.batch_size,
-                seed=args.seed,
-                progress=lambda n: bar.advance(task, n),
-                noise_step=args.noise_step,
-                max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature,
+            run_method(
+                make, rows, out, batch_size=options.get("batch_size", 256), progress=lambda n: bar.advance(task, n)
             )
     status = recorded(out)
-    print(summary(status, out))
+    print(summary(status, out, method.DROPPED))
     if MADE not in status.values():
         raise ValueError(f"no pair was made of {len(status)} prompts; the list above says why")
     return 0
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _check_ids(rows: Any) -> None:
@@ -248,10 +206,12 @@ def _check_ids(rows: Any) -> None:
         raise ValueError(f"{row_name({'id': twice[0]})} is there more than once; ids must differ to go on after a stop")
 
 
-def _check_settings(args: argparse.Namespace, out: Path) -> dict[str, Any]:
+def _check_settings(args: argparse.Namespace, options: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """The settings that make the pairs what they are; a run that goes on must have the same."""
-    generation = ("noise_step", "max_new_tokens", "temperature", "seed", "batch_size", "dtype")
-    settings = {name: getattr(args, name) for name in ("model", "data", "image_root", *generation)}
+    given = {"model": options.get("model"), "data": args.data, "image_root": args.image_root}
+    settings = given | {name: value for name, value in options.items() if name != "device"}
+    if args.method != "seva":  # whose settings were written before there were others
+        settings = {"method": args.method, **settings}
     path = out / SETTINGS_FILE
     if not (out / ROWS_FILE).exists() and not (out / DONE_FILE).exists():
         return settings
@@ -261,10 +221,11 @@ def _check_settings(args: argparse.Namespace, out: Path) -> dict[str, Any]:
         before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}; use another --out") from error
-    for name, value in settings.items():
-        if before.get(name) != value:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(
-                f"{out} was begun with {flag} {before.get(name)}, not {value}; use the same, or another --out"
-            )
+    for name, value in {"method": "seva", **settings}.items():
+        there = before.get(name, "seva" if name == "method" else None)
+        if there != value:
+            raise ValueError(f"{out} was begun with {_flag(name)} {there}, not {value}; use the same, or another --out")
     return settings
+
+
+__all__ = ["MADE", "add_noise", "answer_pairs", "image_seeds", "judge", "make_pairs", "noise_schedule", "recorded"]

@@ -1,0 +1,29 @@
+"""Pairs as unpaired rows, for KTO: each response with a label, true for the chosen one (TRL's columns)."""
+
+from collections.abc import Sequence
+
+from aspo.data import validate_rows
+from aspo.pair_makers import MADE, Load, Made, Make, Options, Row, kept_columns
+
+OPTIONS: dict[str, None] = {}
+DROPPED: dict[str, str] = {}
+
+
+def check(rows: Sequence[Row], options: Options) -> None:
+    """Raises ValueError for rows that are no pairs."""
+    validate_rows(rows)
+
+
+def maker(options: Options, load: Load) -> Make:
+    """See `aspo.pair_makers`. Nothing is loaded."""
+
+    def make(rows: Sequence[Row], start: int) -> list[Made]:
+        return [Made(MADE, [_labelled(row, column) for column in ("chosen", "rejected")]) for row in rows]
+
+    return make
+
+
+def _labelled(row: Row, column: str) -> Row:
+    kept = kept_columns(row) | ({"unfinished": row["unfinished"]} if row.get("unfinished") is not None else {})
+    images = {"images": row["rejected_images"]} if column == "rejected" and row.get("rejected_images") else {}
+    return {**kept, **images, "id": f"{row['id']}-{column}", "completion": row[column], "label": column == "chosen"}
