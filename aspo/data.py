@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aspo.folder import append_row, load_images, row_name, write_rows
-from aspo.grid import GridItem, grid_inputs, place, tree_layout
+from aspo.grid import NOT_COUNTED, GridItem, Response, grid_inputs, in_layout_order, place, tree_layout
 from aspo.logp_cache import logp_columns
 from aspo.prompts import (
     Prompt,
@@ -30,6 +30,10 @@ from aspo.validate import response_text, validate_rows
 # token_type_ids of a response's tokens, where they are not 0 (text). PaliGemma lets the tokens of type 0 see each other
 # both ways, so that its responses must be of type 1: they would see their own future.
 RESPONSE_TYPES = {"PaliGemmaProcessor": 1}
+
+
+PAIRED, KL_COLUMN = ("chosen", "rejected"), "kl_completion"
+UNPAIRED = ("completion", KL_COLUMN)  # the responses of unpaired rows: the row's own, and another row's
 
 
 class ReferenceLogps(Protocol):
@@ -64,6 +68,8 @@ class Collator(Reader):
         layout: SentenceLayout on the CPU, responses by role and then by row; its hidden_index points into the grid.
         distinct: Distinct, or None where no two counted tokens are the same prediction.
         similarity: (S_chosen,) float32, or None where the rows have none.
+        rejected_similarity, sentence_weights, token_scores, negative_log_q, desirable: what else the rows bring for the
+            objective, as `aspo_kernels.objectives.Inputs` has it, or None.
         ref_logps: (N,) float32 in the layout's order, or None.
         sample_weight: (B,) float32, or None.
         ids: list of str.
@@ -86,6 +92,8 @@ class Collator(Reader):
         self.padding_free, self.reference = padding_free, reference
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        if KL_COLUMN in self.responses:
+            rows = _with_others_responses(rows)
         readings = [reading for group, row in enumerate(rows) for reading in named(row, self.readings, group, row)]
         together = all(len(reading.responses) == len(self.responses) for reading in readings)
         if not (self.shared_prefix or together):  # each response with the images that it is read with
@@ -102,13 +110,19 @@ class Collator(Reader):
         model_inputs = grid_inputs(tree, items, prompt_inputs, aligned, tokenizer_of(self.processor).pad_token_id)
         model_inputs |= {name: torch.cat([value] * copies) for name, value in other.items()}
         layout, distinct = tree_layout(tree, items, end_of_turn(self.processor, readings[0].prompt)[-1])
-        chosen = sorted((r for item in items for r in item.responses if r.role == 0), key=lambda r: r.group)
+        answers = [response for response, _, _ in in_layout_order(items)]
+        of_role = {role: [r for r in answers if r.role == role] for role in (0, 1)}
         return {
             "model_inputs": model_inputs,
             "tree": tree,
             "layout": layout,
             "distinct": distinct,
-            "similarity": _all_or_none(rows, [response.similarity for response in chosen]),
+            "similarity": _all_or_none(rows, "similarity", [r.similarity for r in of_role[0]]),
+            "rejected_similarity": _rejected_similarity(rows, answers, of_role[1]),
+            "sentence_weights": _sentence_weights(rows, answers, of_role[0]),
+            "token_scores": _token_scores(rows, answers, self.responses),
+            "negative_log_q": _negative_log_q(rows, answers, len(self.responses)),
+            "desirable": _labels(rows),
             "ref_logps": self._reference_logps(rows, items),
             "sample_weight": _sample_weights(rows),
             "ids": [str(row.get("id", "")) for row in rows],
@@ -128,7 +142,7 @@ class Collator(Reader):
         cached = [named(row, self._cached, row) for row in rows]
         if all(values is None for values in cached):
             return None
-        answers = sorted((r for item in items for r in item.responses), key=lambda r: (r.role, r.group))
+        answers = [response for response, _, _ in in_layout_order(items)]
         parts = []
         for response in answers:
             row, values = rows[response.group], cached[response.group]
@@ -136,8 +150,9 @@ class Collator(Reader):
                 raise ValueError(f"{row_name(row)}: no reference log-probabilities, but other rows have them")
             if response.role >= len(values):
                 raise ValueError(
-                    f"{row_name(row)}: its columns have no reference log-probabilities for its negative_images: turn "
-                    "precompute_ref_log_probs on and drop the columns, or drop the images"
+                    f"{row_name(row)}: no reference log-probabilities are kept for its response of role "
+                    f"{response.role} (negative_images or chosen_alternative_ids): drop what is kept, and let the "
+                    "reference run"
                 )
             if len(values[response.role]) != len(response.ids):
                 raise ValueError(
@@ -180,13 +195,82 @@ def _token_aligned(
     return aligned, other
 
 
-def _all_or_none(rows: Sequence[Row], values: Sequence[list[float] | None]) -> Tensor | None:
+def _all_or_none(rows: Sequence[Row], name: str, values: Sequence[list[float] | None]) -> Tensor | None:
+    """The values of one response a row, joined; None where no row has any."""
     if all(value is None for value in values):
         return None
     for row, value in zip(rows, values, strict=True):
         if value is None:
-            raise ValueError(f"{row_name(row)}: no chosen_similarity, but other rows have it: score every row")
+            raise ValueError(f"{row_name(row)}: no chosen_{name}, but other rows have it: give it to every row")
     return torch.tensor([x for value in values for x in value or ()], dtype=torch.float32)
+
+
+# --- what the rows bring for some objectives; Response by Response in the layout's order ---
+
+
+def _num_sentences(response: Response) -> int:
+    return len(set(response.sentences) - {NOT_COUNTED})
+
+
+def _rejected_similarity(
+    rows: Sequence[Row], answers: Sequence[Response], rejected: Sequence[Response]
+) -> Tensor | None:
+    """(S,), 0 at sentences that are not of a rejected response."""
+    if all(response.similarity is None for response in rejected):
+        return None
+    for response in rejected:
+        if response.similarity is None:
+            raise ValueError(f"{row_name(rows[response.group])}: no rejected_similarity, but other rows have it")
+    values = [(r.similarity if r.role == 1 else None) or [0.0] * _num_sentences(r) for r in answers]
+    return torch.tensor([x for value in values for x in value], dtype=torch.float32)
+
+
+def _sentence_weights(rows: Sequence[Row], answers: Sequence[Response], chosen: Sequence[Response]) -> Tensor | None:
+    """(S,), 0 at the sentences of responses that come without."""
+    if _all_or_none(rows, "sentence_weights", [response.weights for response in chosen]) is None:
+        return None
+    return torch.tensor([x for r in answers for x in r.weights or [0.0] * _num_sentences(r)], dtype=torch.float32)
+
+
+def _token_scores(rows: Sequence[Row], answers: Sequence[Response], columns: Sequence[str]) -> Tensor | None:
+    """(N,), 0 at tokens without a score; None where no row has the columns."""
+    if not any(f"{column}_token_scores" in row for row in rows for column in columns):
+        return None
+    values = []
+    for response in answers:
+        scores = response.scores or [0.0] * len(response.ids)
+        values += [v for v, sentence in zip(scores, response.sentences, strict=True) if sentence != NOT_COUNTED]
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def _negative_log_q(rows: Sequence[Row], answers: Sequence[Response], first_role: int) -> Tensor | None:
+    """(R,), 0 at responses of the row's own images."""
+    if all(row.get("negative_log_q") is None for row in rows):
+        return None
+    values = []
+    for response in answers:
+        given: Sequence[float] = rows[response.group].get("negative_log_q") or ()
+        place = response.role - first_role
+        if place >= len(given):
+            raise ValueError(
+                f"{row_name(rows[response.group])}: negative_log_q has no value for its negative image {place}: draw "
+                "the negatives again (`aspo negatives`), or drop the column"
+            )
+        values.append(float(given[place]) if place >= 0 else 0.0)
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def _labels(rows: Sequence[Row]) -> Tensor | None:
+    """(B,) bool of unpaired rows."""
+    labels = [row.get("label") for row in rows]
+    return None if all(label is None for label in labels) else torch.tensor([bool(label) for label in labels])
+
+
+def _with_others_responses(rows: Sequence[Row]) -> list[Row]:
+    """Each row with the completion of the row before it, from which KTO estimates the divergence."""
+    if len(rows) < 2:
+        raise ValueError("kto compares each response with one to another prompt: it needs two rows in a forward pass")
+    return [{**row, KL_COLUMN: rows[n - 1]["completion"]} for n, row in enumerate(rows)]
 
 
 def _sample_weights(rows: Sequence[Row]) -> Tensor | None:

@@ -7,10 +7,10 @@ Axes: R rows and T columns of the grid, H hidden size, N counted tokens, U of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,23 @@ from aspo.grid import Distinct
 from aspo.model import HeadParams, base_model, inference, output_head, trunk_hidden
 from aspo.tree import TokenTree
 from aspo.vision import VisionFeatures
-from aspo_kernels import SentenceLayout, gather_hidden
+from aspo_kernels import SentenceLayout, gather_hidden, objectives
 
+# A batch's entries that an objective reads as they are (`objectives.Inputs`).
+COLUMNS = (
+    *("similarity", "rejected_similarity", "sentence_weights", "token_scores", "negative_log_q"),
+    "desirable",
+)
 ONE_BASED = {"paligemma"}  # model types that number a sequence's positions from 1
+
+
+class TokenNumbers(NamedTuple):
+    """What a forward gives of each counted token, (N,) each; the fields are `objectives.Inputs`'."""
+
+    logps: Tensor
+    ref_logps: Tensor | None = None
+    token_kl: Tensor | None = None
+    sharp_logps: Tensor | None = None
 
 
 @dataclass
@@ -45,10 +59,14 @@ class PairForward:
     vision: VisionFeatures | None = None
 
     def logps(self, batch: Mapping[str, Any], with_reference: bool) -> tuple[Tensor, Tensor | None]:
-        """(N,) log-probabilities of the counted tokens under the policy, and under its reference where it is wanted.
+        """The first two of `numbers`."""
+        return self.numbers(batch, with_reference)[:2]
 
-        The batch's model inputs and layout are on the model's device. Cached reference log-probabilities
-        (`ref_logps`) are taken as they are.
+    def numbers(self, batch: Mapping[str, Any], with_reference: bool, reads: Collection[str] = ()) -> TokenNumbers:
+        """Log-probabilities of the counted tokens under the policy, and under its reference where it is wanted.
+
+        The batch's model inputs and layout are on the model's device. Cached reference log-probabilities (`ref_logps`)
+        are taken as they are. token_kl and sharp_logps only where they are in `reads`.
         """
         layout, distinct = batch["layout"], batch.get("distinct")
         distinct = None if distinct is None else distinct.to(layout.targets.device)
@@ -61,6 +79,36 @@ class PairForward:
                 ref_rows = self._reference_rows(of_reference, layout, distinct)
             rows = counted_rows(trunk_hidden(self.policy, inputs), layout, distinct)
         head = output_head(self.policy)
+        sharp = None
+        if "sharp_logps" in reads:
+            with torch.no_grad():
+                sharp = head.logps(rows, counted_targets(layout, distinct), self.backend, temperature=0.5)
+                sharp = sharp if distinct is None else sharp[distinct.inverse]
+        if "token_kl" in reads:
+            if ref_rows is None:
+                raise ValueError(
+                    "the objective reads the reference's whole distribution at each token, which no cache of "
+                    "log-probabilities holds: turn precompute_ref_log_probs off, and drop the rows' ref_chosen_logps"
+                )
+            ref_head = head if self.ref_model is None else output_head(self.ref_model)
+            found = head.token_kl(rows, ref_rows, ref_head, counted_targets(layout, distinct), self.backend)
+            of_each = [found.logps, found.ref_logps, found.kl]
+            logps, ref_logps, kl = of_each if distinct is None else [x[distinct.inverse] for x in of_each]
+        else:
+            logps, ref_logps = self._logps(head, rows, ref_rows, ref_logps, layout, distinct)
+            kl = None
+        return TokenNumbers(logps, ref_logps, kl, sharp)
+
+    def _logps(
+        self,
+        head: HeadParams,
+        rows: Tensor,
+        ref_rows: Tensor | None,
+        ref_logps: Tensor | None,
+        layout: SentenceLayout,
+        distinct: Distinct | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Both log-probabilities: in one pass where policy and reference have the same head."""
         if ref_rows is not None and self.ref_model is not None:
             with torch.no_grad():
                 ref_head = output_head(self.ref_model)
@@ -87,6 +135,11 @@ def counted_rows(hidden: Tensor, layout: SentenceLayout, distinct: Distinct | No
     return hidden.flatten(0, 1)[layout.hidden_index[distinct.first]]
 
 
+def counted_targets(layout: SentenceLayout, distinct: Distinct | None) -> Tensor:
+    """The targets of `counted_rows`: (N,) or (U,)."""
+    return layout.targets if distinct is None else layout.targets[distinct.first]
+
+
 def counted_logps(
     head: HeadParams,
     rows: Tensor,
@@ -106,10 +159,9 @@ def counted_logps(
             return head.logps(rows[part], targets[part], backend), None
         return head.logps_pair(rows[part], ref_rows[part], targets[part], backend)
 
+    targets = counted_targets(layout, distinct)
     if distinct is None:
-        targets = layout.targets
         return compute(slice(None))
-    targets = layout.targets[distinct.first]
     if not (skip_common and distinct.in_pair):
         logps, ref_logps = compute(slice(None))
     else:
@@ -183,6 +235,27 @@ def bidirectional_blocks(model: Any, model_inputs: Mapping[str, Any], tree: Toke
     image = types == 1
     starts = image & ~nn.functional.pad(image, (1, 0))[:, :-1]
     return torch.where(image, starts.flatten().cumsum(0).view_as(types) - 1, -1)
+
+
+def objective_inputs(
+    batch: Mapping[str, Any], numbers: TokenNumbers, backend: str, pair_tokens: float | None = None
+) -> objectives.Inputs:
+    """What an objective reads: the forward's numbers and the batch's own columns."""
+    columns: dict[str, Any] = {name: batch.get(name) for name in COLUMNS}
+    return objectives.Inputs(
+        layout=batch["layout"], backend=backend, pair_tokens=pair_tokens, **columns, **numbers._asdict()
+    )
+
+
+def mean_pair_tokens(batches: Sequence[Mapping[str, Any]], accelerator: Any) -> float:
+    """The mean of |y_c| + |y_r| over the pairs of some batches, on all processes (a collective call)."""
+    tokens = pairs = 0
+    for batch in batches:
+        layout = batch["layout"]
+        tokens += int(layout.response_token_offsets.diff()[layout.role < 2].sum())
+        pairs += layout.num_items
+    total = accelerator.reduce(torch.tensor([tokens, pairs], dtype=torch.float64, device=accelerator.device), "sum")
+    return float(total[0] / total[1])
 
 
 def batch_to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

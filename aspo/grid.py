@@ -22,6 +22,8 @@ class Response(NamedTuple):
     """One response as tokens: its ids and the sentence of each (NOT_COUNTED: part of the response, but no target).
 
     Its first `inside` tokens are in the processor's tensors already, at the end of the prompt (a response with images).
+    weights: one for each sentence. scores: one for each token. alternative: other targets at its own positions, which
+    make a response of the next role without being in the grid.
     """
 
     group: int
@@ -30,6 +32,14 @@ class Response(NamedTuple):
     sentences: list[int]
     similarity: list[float] | None = None
     inside: int = 0
+    weights: list[float] | None = None
+    scores: list[float] | None = None
+    alternative: list[int] | None = None
+
+    def with_targets(self, role: int) -> Response:
+        """The alternative as a response of its own."""
+        assert self.alternative is not None
+        return Response(self.group, role, self.alternative, self.sentences, inside=self.inside)
 
 
 class GridItem(NamedTuple):
@@ -106,6 +116,17 @@ def grid_inputs(
     return {"input_ids": input_ids, "attention_mask": (tree.item_ids >= 0).long(), **grids}
 
 
+def in_layout_order(items: Sequence[GridItem]) -> list[tuple[Response, int, int]]:
+    """Every response as the layout has them, by role and then by group, with its item and its branch there.
+
+    An alternative follows as a response of the role behind all others, at the place of the response that it is of.
+    """
+    answers = [(r, at, k) for at, item in enumerate(items) for k, r in enumerate(item.responses)]
+    role = max((response.role for response, _, _ in answers), default=0) + 1
+    answers += [(r.with_targets(role), at, k) for r, at, k in answers if r.alternative is not None]
+    return sorted(answers, key=lambda answer: (answer[0].role, answer[0].group))
+
+
 def tree_layout(
     tree: TokenTree, items: Sequence[GridItem], end_of_turn: int | None
 ) -> tuple[SentenceLayout, Distinct | None]:
@@ -113,13 +134,12 @@ def tree_layout(
 
     A response's first token behind the prefix is predicted by the prefix's last one, in every branch.
     """
-    answers = [(r, place, item, k) for place, item in zip(tree.items, items, strict=True)
-               for k, r in enumerate(item.responses)]  # fmt: skip
-    answers.sort(key=lambda answer: (answer[0].role, answer[0].group))
     targets: list[int] = []
     index: list[int] = []
     sentence_offsets, response_offsets = [0], [0]
-    for response, place, item, k in answers:
+    answers = in_layout_order(items)
+    for response, at, k in answers:
+        place, item = tree.items[at], items[at]
         row = place.row * tree.shape[1]
         before = row + place.start + item.prompt - response.inside - 1  # what predicts its first token
         in_prefix = response.inside + place.prefix - item.prompt
@@ -143,8 +163,8 @@ def tree_layout(
         hidden_index,
         sentences,
         answers_end,
-        group=torch.tensor([answer[0].group for answer in answers], dtype=torch.long),
-        role=torch.tensor([answer[0].role for answer in answers], dtype=torch.long),
+        group=torch.tensor([response.group for response, _, _ in answers], dtype=torch.long),
+        role=torch.tensor([response.role for response, _, _ in answers], dtype=torch.long),
         perplexity_mask=without_final_eos(ids, sentences, answers_end, end_of_turn),
         padded_shape=tree.shape,
     )

@@ -25,6 +25,9 @@ NAMES = {
     "sentence_logratios": "sentences/logratio",
     "reward_fallback_share": "sentences/reward_fallback_share",
     "nll": "nll",
+    "kl": "kl",
+    "acpo_scale": "acpo/scale",
+    "acpo_target": "acpo/target",
 }
 WITH_DEVIATION = ("sentences/weight", "sentences/similarity", "sentences/nll")  # logged as _mean and _std
 
@@ -48,10 +51,12 @@ class Meters:
         """The means (and population standard deviations) since the last call; starts anew."""
         means: dict[str, float] = {}
         for name, (total, square, count) in self._sums.items():
-            mean = float(total) / max(count, 1)
+            if not count:  # no item of that kind in the window
+                continue
+            mean = float(total) / count
             if name in WITH_DEVIATION:
                 means[f"{name}_mean"] = mean
-                means[f"{name}_std"] = math.sqrt(max(float(square) / max(count, 1) - mean**2, 0.0))
+                means[f"{name}_std"] = math.sqrt(max(float(square) / count - mean**2, 0.0))
             else:
                 means[name] = mean
         if "sentences/nll_mean" in means:
@@ -64,10 +69,18 @@ class Meters:
 def record(meters: Meters, inputs: objectives.Inputs, result: objectives.Result) -> None:
     """Add a batch: TRL's metrics, those of chosen sentences, and whatever else the objective reports."""
     layout = inputs.layout
-    chosen, rejected = inputs.pair(segment_sum(inputs.logps.detach(), layout.response_token_offsets))
-    meters.add("logps/chosen", chosen)
-    meters.add("logps/rejected", rejected)
+    logps = segment_sum(inputs.logps.detach(), layout.response_token_offsets)
     stats = dict(result.stats)
+    if inputs.desirable is None:
+        by_side = inputs.pair(logps)
+    else:  # single responses: what is good and what is not stands where chosen and rejected do
+        by_side = _by_label(inputs.pair(logps)[0], inputs.desirable)
+        if "rewards" in stats:
+            rewards = _by_label(stats.pop("rewards"), inputs.desirable)
+            meters.add("rewards/chosen", rewards[0])
+            meters.add("rewards/rejected", rewards[1])
+    for side, values in zip(("chosen", "rejected"), by_side, strict=True):
+        meters.add(f"logps/{side}", values)
     if "chosen_rewards" in stats and "rejected_rewards" in stats:
         gap = stats["chosen_rewards"] - stats["rejected_rewards"]
         meters.add("rewards/accuracies", (gap > 0).float())
@@ -83,6 +96,10 @@ def record(meters: Meters, inputs: objectives.Inputs, result: objectives.Result)
     meters.add("sentences/per_response", layout.response_offsets.diff()[layout.with_role(0)])
     if inputs.similarity is not None:
         meters.add("sentences/similarity", inputs.similarity)
+
+
+def _by_label(values: Tensor, desirable: Tensor) -> tuple[Tensor, Tensor]:
+    return values[desirable], values[~desirable]
 
 
 def log_line(step: int, logs: Mapping[str, Any]) -> str:

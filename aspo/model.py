@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import is_bitsandbytes_available
 
 from aspo.data import Collator
-from aspo_kernels import SentenceLayout, gather_hidden, linear_logps, linear_logps_pair
+from aspo_kernels import SentenceLayout, TokenKL, gather_hidden, linear_logps, linear_logps_pair, linear_token_kl
 
 ADAPTER_CONFIG = "adapter_config.json"
 MAX_HEAD_ERROR = 0.02  # of the largest logit: bf16 keeps 8 bits, a forgotten scale or softcap is far above
@@ -176,9 +176,28 @@ class HeadParams:
     logit_scale: float = 1.0
     softcap: float | None = None
 
-    def logps(self, hidden: Tensor, targets: Tensor, backend: str = "auto") -> Tensor:
+    def logps(self, hidden: Tensor, targets: Tensor, backend: str = "auto", temperature: float = 1.0) -> Tensor:
         """(N, H), (N,) -> (N,) fp32 log-probabilities of the targets; differentiable."""
-        return linear_logps(hidden.to(self.weight.dtype), self.weight, targets, backend=backend, **self._options)
+        options = {**self._options, "temperature": temperature}
+        return linear_logps(hidden.to(self.weight.dtype), self.weight, targets, backend=backend, **options)
+
+    def token_kl(
+        self, hidden: Tensor, ref_hidden: Tensor, ref_head: HeadParams, targets: Tensor, backend: str = "auto"
+    ) -> TokenKL:
+        """KL(reference || policy) at each token, and both log-probabilities: (N,) each. Both heads are of one kind."""
+        if (self.logit_scale, self.softcap) != (ref_head.logit_scale, ref_head.softcap):
+            raise ValueError("policy and reference scale or cap their logits differently: use a reference of its kind")
+        own = ref_head.weight is self.weight
+        return linear_token_kl(
+            hidden.to(self.weight.dtype),
+            ref_hidden.to(ref_head.weight.dtype),
+            self.weight,
+            None if own else ref_head.weight,
+            targets,
+            ref_bias=None if own else ref_head.bias,
+            backend=backend,
+            **self._options,
+        )
 
     def logps_pair(
         self, hidden: Tensor, ref_hidden: Tensor, targets: Tensor, backend: str = "auto"

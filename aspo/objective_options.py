@@ -21,6 +21,15 @@ CHOICES = {
 }
 
 
+def probe() -> objectives.Inputs:
+    """One pair with a negative image, of one token each, that has everything an objective may read: to try options."""
+    ids, role = torch.zeros(3, 1, dtype=torch.long), torch.arange(3)
+    layout = SentenceLayout.from_labels(ids, ids, group=torch.zeros_like(role), role=role)
+    fields: dict[str, Any] = {name: torch.zeros(3) for name in objectives.OPTIONAL if name != "desirable"}
+    fields["desirable"] = torch.ones(1, dtype=torch.bool)
+    return objectives.Inputs(layout, torch.full((3,), -1.0), similarity=torch.zeros(1), **fields)
+
+
 @dataclass
 class ObjectiveOptions:
     """The options of the objective and of the step that both configurations have; beside a TrainingArguments.
@@ -30,13 +39,15 @@ class ObjectiveOptions:
 
     loss_type: list[str] = field(
         default_factory=lambda: ["aspo"],
-        metadata={"help": "Objective(s): aspo, dpo, ipo, hinge, simpo, sft, or registered ones."},
+        metadata={
+            "help": "Objective(s): aspo, dpo, misp, acpo, fisao and the others of docs/objectives.md, or your own."
+        },
     )
     loss_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight for each loss_type. Default: 1 for each."}
     )
     beta: float | None = field(
-        default=None, metadata={"help": "Reward scale: reward = beta * log-ratio. Default: 0.1 (simpo: 2)."}
+        default=None, metadata={"help": "Reward scale: reward = beta * log-ratio. Default: mostly 0.1 (simpo: 2)."}
     )
     alpha: float | None = field(
         default=None, metadata={"help": "aspo: share of similarity in a sentence's weight, [0, 1]. Default: 0.5."}
@@ -53,9 +64,13 @@ class ObjectiveOptions:
     label_smoothing: float | None = field(
         default=None, metadata={"help": "dpo: share of pairs taken to be swapped, [0, 0.5). Default: 0."}
     )
-    gamma: float | None = field(default=None, metadata={"help": "simpo: target margin. Default: 1."})
+    gamma: float | None = field(
+        default=None,
+        metadata={"help": "simpo: target margin (default 1); ddpo: weight of corrected segments (default 5)."},
+    )
     objective_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Further options of an objective of your own, as JSON."}
+        default=None,
+        metadata={"help": "The objective's further options (docs/objectives.md) as JSON: '{\"delta\": 0.005}'."},
     )
     kernel_backend: str = field(
         default="auto", metadata={"help": "Loss kernels: auto, torch, triton, or reference (full logits, to compare)."}
@@ -114,9 +129,7 @@ class ObjectiveOptions:
             defaults = {member[name] for member in members if name in member}
             if getattr(self, name) is None and len(defaults) == 1:  # else each member keeps its own
                 setattr(self, name, defaults.pop())
-        pair = SentenceLayout.from_labels(torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 1, dtype=torch.long))
-        logps = torch.zeros(2)
-        objective(objectives.Inputs(pair, logps, logps, logps[:1]), **self.objective_options())  # refuses bad values
+        objective(probe(), **self.objective_options())  # refuses bad values
 
     def objective(self) -> objectives.Objective:
         """The objective that `loss_type` and `loss_weights` name."""

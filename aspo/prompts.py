@@ -80,13 +80,15 @@ def encode_prompt(processor: Any, prompt: str | Sequence[Mapping[str, Any]], ima
     return Prompt(text, lead, end, add_special_tokens=not writes_bos)
 
 
-def encode_response(processor: Any, prompt: Prompt, response: str) -> tuple[list[int], list[tuple[int, int]]]:
+def encode_response(
+    processor: Any, prompt: Prompt, response: str, finished: bool = True
+) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids of a response with its end-of-turn token, and their character offsets in `response`.
 
     The tokens are those that the tokenizer makes of the response behind its prompt. Where the whole text does not begin
     with the prompt's own tokens (a token would straddle the boundary), the response is tokenised alone. The last id is
     the end-of-turn token: the first special token that the chat template writes after a response, otherwise EOS; its
-    offsets are empty and lie at the end.
+    offsets are empty and lie at the end. A response that is not `finished` goes on: it gets no such token.
     """
     tokenizer = tokenizer_of(processor)
     before = tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
@@ -102,7 +104,7 @@ def encode_response(processor: Any, prompt: Prompt, response: str) -> tuple[list
     if image_token_id is not None and image_token_id in ids:
         raise ValueError(f"the response holds the image token {processor.image_token!r}: remove it from the text")
     tail = end_of_turn(processor, prompt)
-    if not ids or ids[-1] != tail[-1]:
+    if finished and (not ids or ids[-1] != tail[-1]):
         ids = ids + tail
         offsets += [(len(response), len(response))] * len(tail)
     return ids, offsets

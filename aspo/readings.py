@@ -109,26 +109,26 @@ class Reader:
         """One response as tokens, cut to what max_length leaves."""
         row, text = reading.row, response_text(reading.row[column])
         given = row.get(f"{column}_sentences")
-        similarity = row.get(f"{column}_similarity") if role == 0 else None
+        similarity = row.get(f"{column}_similarity") if role < 2 else None  # of another image there is none
+        weights = row.get(f"{column}_sentence_weights") if role < 2 else None
         spans = check_spans(text, given if given is not None else self.splitter(text))
         offsets: list[tuple[int, int] | None]
         if reading.text == reading.prompt.text:
-            ids, in_text = encode_response(self.processor, reading.prompt, text)
+            ids, in_text = encode_response(self.processor, reading.prompt, text, not row.get("unfinished"))
             inside, offsets = 0, [*in_text]
         else:
             ids, offsets = illustrated_tokens(self.processor, reading.prompt, text, prompt_ids)
-            inside, end = len(ids), end_of_turn(self.processor, reading.prompt)
+            inside, end = len(ids), [] if row.get("unfinished") else end_of_turn(self.processor, reading.prompt)
             ids, offsets = ids + end, offsets + [(len(text), len(text))] * len(end)
         if not spans:
             raise ValueError(f"column {column!r}: the response is empty: drop the row")
-        if similarity is not None and len(similarity) != len(spans):
-            raise ValueError(
-                f"column '{column}_similarity': {len(similarity)} values for {len(spans)} sentences: score again"
-            )
+        for name, values in (("similarity", similarity), ("sentence_weights", weights)):
+            if values is not None and len(values) != len(spans):
+                raise ValueError(f"column '{column}_{name}': {len(values)} values for {len(spans)} sentences")
         counted = iter(token_sentences([offset for offset in offsets if offset is not None], spans, text))
         sentences = [NOT_COUNTED if offset is None else next(counted) for offset in offsets]
         missing = sentences_without_tokens(sentences, len(spans))
-        if missing and similarity is not None:
+        if missing and (similarity is not None or weights is not None):
             words = text[slice(*spans[missing[0]])]
             raise ValueError(
                 f"column '{column}_sentences': sentence {missing[0]} ({words!r}) has no token "
@@ -136,12 +136,23 @@ class Reader:
             )
         rank = {s: n for n, s in enumerate(sorted(set(sentences) - {NOT_COUNTED}))}
         sentences = [rank.get(s, NOT_COUNTED) for s in sentences]
-        answer = Response(reading.group, role, ids, sentences, similarity, inside)
+        scores = alternative = None
+        if role < 2 and (spans_of_scores := row.get(f"{column}_token_scores")) is not None:
+            scores = token_values(spans_of_scores, offsets)
+        if role == 0 and row.get(f"{column}_alternative_ids") is not None:
+            alternative = list(row[f"{column}_alternative_ids"])
+            if len(alternative) != len(ids):
+                raise ValueError(
+                    f"column '{column}_alternative_ids': {len(alternative)} ids for a response of {len(ids)} tokens: "
+                    "they were made with another tokenizer or template; make them again (`aspo pairs --method povid`)"
+                )
+        answer = Response(reading.group, role, ids, sentences, similarity, inside, weights, scores, alternative)
         return self._cut(row, column, answer, len(prompt_ids) - inside)
 
     def _unsplit(self, reading: Reading, prompt_length: int, role: int, column: str) -> Response:
         """`_answer` where only its length is wanted: not cut into sentences."""
-        ids, _ = encode_response(self.processor, reading.prompt, response_text(reading.row[column]))
+        text, row = response_text(reading.row[column]), reading.row
+        ids, _ = encode_response(self.processor, reading.prompt, text, not row.get("unfinished"))
         answer = Response(reading.group, role, ids, [0] * len(ids))
         return self._cut(reading.row, column, answer, prompt_length)
 
@@ -168,6 +179,17 @@ class Reader:
                 "%s: its %s response is cut from %d to %d tokens by max_length %d (said once)",
                 row_name(row), column, length, room, max_length,
             )  # fmt: skip
-        sentences, similarity = answer.sentences[:room], answer.similarity
-        similarity = similarity[: sentences[-1] + 1] if similarity is not None else None
-        return answer._replace(ids=answer.ids[:room], sentences=sentences, similarity=similarity)
+        sentences = answer.sentences[:room]
+        ends = {"similarity": sentences[-1] + 1, "weights": sentences[-1] + 1, "scores": room, "alternative": room}
+        cut: dict[str, Any] = {name: getattr(answer, name) for name in ends}
+        cut = {name: None if values is None else values[: ends[name]] for name, values in cut.items()}
+        return answer._replace(ids=answer.ids[:room], sentences=sentences, **cut)
+
+
+def token_values(spans: Sequence[Sequence[Any]], offsets: Sequence[tuple[int, int] | None]) -> list[float]:
+    """The value of the first [start, end, value] span that each token's characters overlap, else 0."""
+    values = []
+    for offset in offsets:
+        start, end = offset or (0, 0)
+        values.append(next((float(v) for a, b, v in spans if start < b and a < end), 0.0))
+    return values

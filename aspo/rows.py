@@ -34,7 +34,7 @@ def load_rows(
         source: a folder (ours with rows.jsonl, `save_to_disk`'s, or of parquet files), a .jsonl, .json or .parquet
             file, "world:<split>" (the embedded scenes), a `datasets.Dataset`, or rows. LLaVA's rows (`conversations`,
             `image`) are prompts: their first question. RLAIF-V's `question` is a prompt too.
-        kind: "preference" or "prompt".
+        kind: "preference", "unpaired" (prompt, completion, label) or "prompt".
         limit: only the first `limit` rows.
         image_root: where relative image paths start; by default the folder that holds the file.
 
@@ -182,7 +182,7 @@ def _normalise(row: Row, index: int, kind: str, root: Path, as_messages: bool) -
         made["prompt"], made["chosen"], made["rejected"] = _implicit_prompt(row["chosen"], row["rejected"])
     if as_messages and isinstance(made.get("prompt"), str):
         made["prompt"] = [{"role": "user", "content": made["prompt"]}]
-    for column in ("chosen", "rejected"):
+    for column in ("chosen", "rejected", "completion"):
         if made.get(column) is not None:
             made[column] = named_column(column, index, row, response_text, made[column])
     for column in IMAGE_COLUMNS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from aspo.attention import with_route
 from aspo.config import AspoConfig
-from aspo.data import Collator
+from aspo.data import PAIRED, UNPAIRED, Collator
 from aspo.exact import check_tree, settle_sharing
 from aspo.folder import image_entries
 from aspo.policy import MERGE
@@ -39,6 +40,44 @@ def first_rows(datasets: Sequence[Any]) -> list[Row]:
     found = next((rows for d in datasets if (rows := list(itertools.islice(d, ROWS_TO_LOOK_AT)))), [])
     with_image = next((n for n, row in enumerate(found) if image_entries(row)), 0)
     return [*found[with_image : with_image + 1], *found[:with_image], *found[with_image + 1 :]][:ROWS_TO_CHECK]
+
+
+# Objective -> the column without which it would be another one.
+COLUMNS_OF = {
+    **dict.fromkeys(("misp", "mdpo", "chip"), ("negative_images", "`aspo negatives`")),
+    "povid": ("chosen_alternative_ids", "`aspo pairs --method povid`"),
+    **dict.fromkeys(("fisao", "weighted_dpo"), ("chosen_token_scores", "`aspo rewards`")),
+}
+
+
+def check_columns(objective_names: Sequence[str], rows: Any) -> None:
+    """ValueError where rows lack a column that one of the objectives lives on. Single rows may be without a value."""
+    columns = getattr(rows, "column_names", None) or rows[0].keys()
+    for name in objective_names:
+        column, maker = COLUMNS_OF.get(name, (None, ""))
+        if column is not None and column not in columns:
+            raise ValueError(f"{name} reads the column {column!r}, which the rows have not: make it with {maker}")
+
+
+def needs_similarity(options: Mapping[str, Any]) -> bool:
+    """Whether rows without similarities would change what is trained: ASPO's weights come from them."""
+    return options.get("alpha", 0) > 0 and options.get("weights", "computed") == "computed"
+
+
+def response_columns(objective: objectives.Objective) -> tuple[str, ...]:
+    """The columns that hold an objective's responses: pairs, or single responses with a label."""
+    return UNPAIRED if "desirable" in objective.reads else PAIRED
+
+
+def dataset_pair_tokens(collator: Any, rows: Any) -> float:
+    """The mean of |y_c| + |y_r| over a data set, as batches would have them."""
+    if not isinstance(collator, Collator) or not hasattr(rows, "__len__") or not len(rows):
+        raise ValueError("target='dataset' needs train_dataset as rows with a length, and aspo.data.Collator")
+    total = 0
+    for n in range(len(rows)):
+        own = [answers for _, answers in collator.reading_lengths(rows[n])]
+        total += sum(length for answers in own for length in answers)
+    return total / len(rows)
 
 
 def settle_batches(
@@ -91,7 +130,8 @@ def check_start(
     Raises ValueError where it is not and `must_be_equal`; warns otherwise.
     """
     logps = inputs.logps.detach()
-    equal = objectives.Inputs(inputs.layout, logps, logps, inputs.similarity, inputs.backend)
+    kl = None if inputs.token_kl is None else torch.zeros_like(logps)
+    equal = replace(inputs, logps=logps, ref_logps=logps, token_kl=kl)
     with torch.no_grad():
         expected = float(objective(equal, **options).losses.mean())
     loss = float(result.losses.detach().mean())

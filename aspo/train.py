@@ -21,6 +21,7 @@ from transformers import HfArgumentParser, ProgressCallback, TrainingArguments
 
 from aspo.config import LORA_DEFAULTS, AspoConfig
 from aspo.data import load_rows, validate_rows
+from aspo.folder import IMAGE_COLUMNS
 from aspo.meters import Progress
 from aspo.model import load_model, resolve_model
 from aspo.objective_options import OBJECTIVE_OPTIONS
@@ -192,8 +193,9 @@ def train(config: AspoConfig) -> None:
     if evaluates != bool(config.eval_data):
         given, missing = ("eval_strategy", "eval_data") if evaluates else ("eval_data", "eval_strategy")
         raise ValueError(f"--{given} is given, but --{missing} is not: give both or neither")
-    rows = _load(config.train_data)
-    eval_rows = _load(config.eval_data) if config.eval_data else None
+    kind = "unpaired" if "desirable" in config.objective().reads else "preference"
+    rows = _load(config.train_data, kind)
+    eval_rows = _load(config.eval_data, kind) if config.eval_data else None
     path = Path(str(config.output_dir)) / "run.json"
     before = _read_record(path)
     record = run_record(config, rows)
@@ -245,9 +247,9 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     return record
 
 
-def _load(source: str | None) -> Any:
-    rows = load_rows(source)
-    validate_rows(rows, "preference")
+def _load(source: str | None, kind: str) -> Any:
+    rows = load_rows(source, kind=kind)
+    validate_rows(rows, kind)
     return rows
 
 
@@ -272,9 +274,8 @@ def run_record(config: AspoConfig, rows: Any) -> dict[str, Any]:
 def fingerprint(rows: Any) -> str:
     """A hash of everything in preference rows but their images."""
     digest = hashlib.sha256()
-    names = ("id", "prompt", "chosen", "rejected", "chosen_sentences", "chosen_similarity", "sample_weight")
-    for name in (*names, "ref_chosen_logps", "ref_rejected_logps"):
-        if name in rows.column_names:
+    for name in sorted(set(rows.column_names) - {"image", *IMAGE_COLUMNS}):
+        if name != "scene":
             digest.update(json.dumps([name, list(rows[name])], default=str).encode())
     return digest.hexdigest()
 

@@ -19,14 +19,23 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from aspo.config import AspoConfig
 from aspo.data import Collator
-from aspo.forward import PairForward, tree_inputs
+from aspo.forward import PairForward, mean_pair_tokens, objective_inputs, tree_inputs
 from aspo.meters import Meters, record
 from aspo.model import base_model, check_head, inference, load_model, output_head
 from aspo.packing import TokenBatches
 from aspo.policy import MERGE, check_attention, check_liger, disable_dropout, load_weights, policy_and_reference
 from aspo.reference_fill import cached_reference
 from aspo.resume import SaveHistory, last_checkpoint
-from aspo.start import autocast_dtype, check_start, every_dataset, settle_batches
+from aspo.start import (
+    autocast_dtype,
+    check_columns,
+    check_start,
+    dataset_pair_tokens,
+    every_dataset,
+    needs_similarity,
+    response_columns,
+    settle_batches,
+)
 from aspo.vision import VisionFeatures
 from aspo_kernels import objectives
 
@@ -79,10 +88,11 @@ class AspoTrainer(TokenBatches):
             raise ValueError("the model is spread over several devices, which is not supported yet; load it on one")
         self.objective: objectives.Objective = args.objective()
         self.objective_options = args.objective_options()
-        self._needs_similarity = "aspo" in args.loss_type and self.objective_options["alpha"] > 0
+        self._needs_similarity = needs_similarity(self.objective_options)
         for dataset in every_dataset(train_dataset, eval_dataset):  # a stream is checked as it comes
             if hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset) and len(dataset):
                 self._require_similarity(dataset[0].get("chosen_similarity"))
+                check_columns(args.loss_type, dataset)
 
         self._starts_at_reference = ref_model is None and not isinstance(model, PeftModel)
         set_seed(args.seed)  # the adapter's random start
@@ -101,10 +111,12 @@ class AspoTrainer(TokenBatches):
         self._falling = 0
         self._head_checked = self._start_checked = False
         self._eval_loss = (0.0, 0)
+        self._pair_tokens: float | None = None
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or Collator(processing_class, max_length=args.max_length),
+            data_collator=data_collator
+            or Collator(processing_class, args.max_length, responses=response_columns(self.objective)),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -114,6 +126,9 @@ class AspoTrainer(TokenBatches):
         self.model_accepts_loss_kwargs = True  # before loss_is_scaled_for_ga, Trainer asked this
         if self.ref_model is not None:
             self.ref_model.to(args.device)
+        self._target = self.objective_options.get("target")  # ACPO's: over what its lengths are averaged
+        if self._target == "dataset":
+            self._pair_tokens = dataset_pair_tokens(self.data_collator, train_dataset)
         self._settle_step(every_dataset(train_dataset, eval_dataset), own_reference=ref_model is not None)
 
     def _settle_step(self, datasets: Sequence[Any], own_reference: bool) -> None:
@@ -167,11 +182,10 @@ class AspoTrainer(TokenBatches):
             policy, self.ref_model, self.route, self.objective.difference_only, self.args.kernel_backend, self.vision
         )
         with self.accelerator.autocast():
-            logps, ref_logps = forward.logps(inputs, self.objective.needs_reference)
-        objective_inputs = objectives.Inputs(
-            inputs["layout"], logps, ref_logps, inputs["similarity"], self.args.kernel_backend
-        )
-        return objective_inputs, self.objective(objective_inputs, **self.objective_options)
+            numbers = forward.numbers(inputs, self.objective.needs_reference, self.objective.reads)
+        tokens = self._pair_tokens if self.model.training or self._target == "dataset" else None
+        given = objective_inputs(inputs, numbers, self.args.kernel_backend, pair_tokens=tokens)
+        return given, self.objective(given, **self.objective_options)
 
     def compute_loss(
         self,
@@ -183,11 +197,11 @@ class AspoTrainer(TokenBatches):
         """sum_pairs sample_weight * loss / (pairs of the accumulation window; this batch's where it is None)."""
         if not self._head_checked:
             self._check_head(inputs)
-        objective_inputs, result = self.pair_losses(inputs)
+        given, result = self.pair_losses(inputs)
         if self.model.training and not self._start_checked:
-            self._check_start(objective_inputs, result)
+            self._check_start(given, result)
         mode = "train" if self.model.training else "eval"
-        record(self._meters[mode], objective_inputs, result)
+        record(self._meters[mode], given, result)
         losses = result.losses
         if inputs["sample_weight"] is not None:
             losses = losses * inputs["sample_weight"].to(losses.dtype)
@@ -195,6 +209,8 @@ class AspoTrainer(TokenBatches):
         return (loss, {}) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int:
+        if self._target == "batch" and batch_samples:
+            self._pair_tokens = mean_pair_tokens(batch_samples, self.accelerator)
         return sum(batch["layout"].num_items for batch in batch_samples)
 
     # ---- checks of the first batch ----

@@ -10,7 +10,11 @@ from aspo.folder import IMAGE_COLUMNS, check_image, image_entries, image_path
 from aspo.sentences import check_spans
 
 IMAGE_PLACEHOLDER = "<image>"
-KINDS = {"preference": ("prompt", "chosen", "rejected"), "prompt": ("prompt",)}
+KINDS = {
+    "preference": ("prompt", "chosen", "rejected"),
+    "unpaired": ("prompt", "completion", "label"),
+    "prompt": ("prompt",),
+}
 Row = Mapping[str, Any]
 
 
@@ -26,8 +30,15 @@ def validate_rows(dataset: Iterable[Row], kind: str = "preference") -> None:
         named_column("prompt", index, row, _check_prompt, row)
         for column in IMAGE_COLUMNS:
             named_column(column, index, row, _check_images, row, column)
+        if kind == "unpaired" and not isinstance(row["label"], bool):
+            raise bad_row(index, row, "label", f"it is {row['label']!r}; it must be true (desirable) or false")
+        if kind == "unpaired" and not named_column("completion", index, row, response_text, row["completion"]).strip():
+            raise bad_row(index, row, "completion", "it is empty: drop the row")
         if kind == "preference":
             _check_responses(index, row)
+            named_column("negative_log_q", index, row, _check_numbers, row.get("negative_log_q"), None)
+            if row.get("chosen_alternative_ids") is not None and row.get("negative_images"):
+                raise bad_row(index, row, "chosen_alternative_ids", "it has negative_images too: drop one of them")
             has = row.get("chosen_similarity") is not None
             if scored is not None and scored[1] != has:
                 raise bad_row(
@@ -126,18 +137,47 @@ def _check_responses(index: int, row: Row) -> None:
         similarity = row.get(f"{column}_similarity")
         if similarity is not None:
             named_column(f"{column}_similarity", index, row, _check_similarity, similarity, spans)
+        weights = row.get(f"{column}_sentence_weights")
+        if weights is not None:
+            named_column(f"{column}_sentence_weights", index, row, _check_similarity, weights, spans)
+            named_column(f"{column}_sentence_weights", index, row, _check_numbers, weights, 0.0)
+        scores = row.get(f"{column}_token_scores")
+        named_column(f"{column}_token_scores", index, row, _check_scores, scores, text)
     if texts["chosen"].strip() == texts["rejected"].strip():
         raise bad_row(index, row, "rejected", "it is the same text as 'chosen': drop the row")
 
 
 def _check_similarity(values: Any, spans: Any) -> None:
     if spans is None:
-        raise ValueError("it needs the sentences that it belongs to; `aspo score` writes both")
+        raise ValueError("it needs the sentences that it belongs to (`aspo score` writes similarities with theirs)")
     if len(values) != len(spans):
-        raise ValueError(f"{len(values)} values for {len(spans)} sentences; score the rows again")
+        raise ValueError(f"{len(values)} values for {len(spans)} sentences; make them again")
     for n, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"value {n} is {value!r}; it must be a finite number")
+
+
+def _check_numbers(values: Any, least: float | None) -> None:
+    for n, value in enumerate(values or ()):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"value {n} is {value!r}; it must be a finite number")
+        if least is not None and value < least:
+            raise ValueError(f"value {n} is {value}; it must be at least {least:g}")
+
+
+def _check_scores(spans: Any, text: str) -> None:
+    """[start, end, value] in order, apart, and within the text."""
+    before = 0
+    for n, span in enumerate(spans or ()):
+        if len(span) != 3:
+            raise ValueError(f"entry {n} is {short_repr(span)}; it must be [start, end, score]")
+        _check_numbers(span, None)
+        if not before <= span[0] < span[1] <= len(text):
+            raise ValueError(
+                f"entry {n} covers characters {span[0]:g} to {span[1]:g} of a text of {len(text)}; entries must be in "
+                "order, apart, and not empty"
+            )
+        before = span[1]
 
 
 def named_column(column: str, index: int, row: Row, function: Callable[..., Any], *args: Any) -> Any:

@@ -5,6 +5,7 @@ your own loss from `linear_logps` and `objectives`.
 """
 
 from aspo_kernels import aspo as _aspo  # noqa: F401  registers its objective
+from aspo_kernels import family as _family  # noqa: F401  registers the others
 from aspo_kernels import objectives, reference
 from aspo_kernels.layout import SentenceLayout
 from aspo_kernels.linear_logps import linear_logps, linear_logps_pair

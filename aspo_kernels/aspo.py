@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aspo_kernels.checks import check_backend, check_positive, refuse_double_backward
+from aspo_kernels.checks import check_backend, check_choice, check_positive, refuse_double_backward
 from aspo_kernels.layout import SentenceLayout
 from aspo_kernels.objectives import Inputs, Result, register
 from aspo_kernels.segments import segment_max, segment_min, segment_minmax, segment_sum, spread_over
@@ -22,11 +22,21 @@ from aspo_kernels.tiles import op_context
 NORMALIZERS = ("sentence", "token", "none", "reward")
 PERPLEXITIES = ("policy", "reference")
 PERPLEXITY_SCALES = ("ppl", "nll")
+WEIGHTS = ("computed", "given")
+REJECTED_SIDES = ("whole", "aligned", "misaligned")
 MIN_RANGE = 1e-5  # a spread this small, of similarities or of mean negative log-likelihoods, says nothing
 MIN_WEIGHTED_LOGRATIO = 1e-6  # below this the `reward` normaliser is 0/0 (at step 0, always)
 
 
-def check_options(beta: float, alpha: float, normalizer: str, perplexity: str, perplexity_scale: str) -> None:
+def check_options(
+    beta: float,
+    alpha: float,
+    normalizer: str,
+    perplexity: str,
+    perplexity_scale: str,
+    weights: str = "computed",
+    rejected_side: str = "whole",
+) -> None:
     """Raise ValueError for a value outside ASPO's options."""
     check_positive("beta", beta)
     if not 0.0 <= alpha <= 1.0:
@@ -35,9 +45,10 @@ def check_options(beta: float, alpha: float, normalizer: str, perplexity: str, p
         ("normalizer", normalizer, NORMALIZERS),
         ("perplexity", perplexity, PERPLEXITIES),
         ("perplexity_scale", perplexity_scale, PERPLEXITY_SCALES),
+        ("weights", weights, WEIGHTS),
+        ("rejected_side", rejected_side, REJECTED_SIDES),
     ):
-        if value not in allowed:
-            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+        check_choice(name, value, allowed)
 
 
 def sentence_nll(logps: Tensor, layout: SentenceLayout, backend: str = "auto") -> Tensor:
@@ -60,8 +71,13 @@ def perplexity_scores(nll: Tensor, offsets: Tensor, scale: str = "ppl", backend:
     return torch.where(spread > MIN_RANGE, torch.expm1(nll - high) / torch.expm1(-spread.clamp_min(MIN_RANGE)), 0.0)
 
 
-def sentence_weights(x: Inputs, alpha: float, perplexity: str, perplexity_scale: str) -> Tensor:
-    """w_i = alpha S'_i + (1 - alpha) PPL'_i, detached.  (S,), read at the chosen responses' sentences only."""
+def sentence_weights(
+    x: Inputs, alpha: float, perplexity: str, perplexity_scale: str, rejected_side: str = "whole"
+) -> Tensor:
+    """w_i = alpha S'_i + (1 - alpha) PPL'_i, detached.  (S,), read at the chosen responses' sentences.
+
+    With another rejected_side than "whole" at the rejected responses' too, which then need similarities as well.
+    """
     layout = x.layout
     logps = x.logps.detach()
     if perplexity == "reference":
@@ -72,6 +88,8 @@ def sentence_weights(x: Inputs, alpha: float, perplexity: str, perplexity_scale:
     weights = perplexity_scores(nll, layout.response_offsets, perplexity_scale, x.backend)
     if x.similarity is not None:
         similarity = torch.zeros_like(weights)
+        if rejected_side != "whole" and alpha > 0:
+            similarity = x.need("rejected_similarity").detach().to(weights.dtype).clone()
         similarity[layout.chosen_sentences] = x.similarity.detach().to(weights.dtype)
         by_similarity = segment_minmax(similarity, layout.response_offsets, MIN_RANGE, x.backend)
         weights = alpha * by_similarity + (1 - alpha) * weights
@@ -97,7 +115,7 @@ def length_ratio(x: Inputs, weights: Tensor, normalizer: str) -> tuple[Tensor, T
     return torch.where(fell_back, sentence, ratio.clamp(0.5, 1.0)), fell_back
 
 
-@register("aspo")
+@register("aspo", reads=["sentence_weights", "rejected_similarity"])
 def aspo(
     x: Inputs,
     beta: float = 0.1,
@@ -105,21 +123,33 @@ def aspo(
     normalizer: str = "sentence",
     perplexity: str = "policy",
     perplexity_scale: str = "ppl",
+    weights: str = "computed",
+    rejected_side: str = "whole",
 ) -> Result:
     """-log sigmoid(M*), M* = (R_c / R_c*) sum_i beta (1 + w_i) h(s_i^c) - beta h(y_r).  (ASPO, arXiv 2505.19100)
 
     Without similarities it is ASPO-P whatever alpha is; alpha = 1 is ASPO-S. Constant w (normaliser `sentence` or
-    `token`) is exactly DPO.
+    `token`) is exactly DPO. weights="given" takes w from `Inputs.sentence_weights`. rejected_side weighs the rejected
+    response by the same rule, which is ours: "aligned" by 1 + w_i, "misaligned" by 1 + (1 - w_i), so that what fits the
+    image least is rejected most.
     """
-    check_options(beta, alpha, normalizer, perplexity, perplexity_scale)
-    if x.ref_logps is not None and check_backend(x.backend, x.logps) == "triton":
+    check_options(beta, alpha, normalizer, perplexity, perplexity_scale, weights, rejected_side)
+    plain = weights == "computed" and rejected_side == "whole"
+    if plain and x.ref_logps is not None and check_backend(x.backend, x.logps) == "triton":
         return _fused(x, x.ref_logps, beta, alpha, normalizer, perplexity, perplexity_scale)
-    weights = sentence_weights(x, alpha, perplexity, perplexity_scale)
-    ratio, fell_back = length_ratio(x, weights, normalizer)
-    weighted = ratio * x.sum_by((1 + weights) * x.sentence_logratios, x.layout.response_offsets)
-    margins = beta * (x.pair(weighted)[0] - x.pair(x.response_logratios)[1])
+    if weights == "given":
+        w = x.need("sentence_weights").detach().to(x.logps.dtype)
+    else:
+        w = sentence_weights(x, alpha, perplexity, perplexity_scale, rejected_side)
+    if rejected_side == "misaligned":
+        chosen = torch.zeros_like(w, dtype=torch.bool).index_fill_(0, x.layout.chosen_sentences, True)
+        w = torch.where(chosen, w, (1 - w).clamp_min(0.0))
+    ratio, fell_back = length_ratio(x, w, normalizer)
+    weighted = ratio * x.sum_by((1 + w) * x.sentence_logratios, x.layout.response_offsets)
+    rejected = x.pair(x.response_logratios if rejected_side == "whole" else weighted)[1]
+    margins = beta * (x.pair(weighted)[0] - rejected)
     stats = x.reward_stats(beta, margins)
-    stats["sentence_weights"] = weights[x.layout.chosen_sentences]
+    stats["sentence_weights"] = w[x.layout.chosen_sentences]
     stats["sentence_logratios"] = x.sentence_logratios.detach()[x.layout.chosen_sentences]
     if fell_back is not None:
         stats["reward_fallback_share"] = x.pair(fell_back.to(margins.dtype))[0].mean()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,6 +104,18 @@ def check_positive(name: str, value: float) -> None:
     """An option that must be positive and finite."""
     if not 0 < value < float("inf"):
         raise ValueError(f"{name} is {value}; it must be positive and finite")
+
+
+def check_finite(name: str, value: float) -> None:
+    """An option that must be finite."""
+    if not -float("inf") < value < float("inf"):
+        raise ValueError(f"{name} is {value}; it must be finite")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """An option that must be one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(str, choices))}")
 
 
 def check_finite_logps(logps: Tensor, targets: Tensor) -> None:

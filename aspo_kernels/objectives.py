@@ -21,12 +21,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from aspo_kernels.checks import check_positive
 from aspo_kernels.layout import SentenceLayout
-from aspo_kernels.segments import segment_sum
+from aspo_kernels.segments import segment_sum, spread_over
 
 
 def _once(function: Callable[[Any], Tensor]) -> Any:
@@ -40,6 +38,19 @@ def _once(function: Callable[[Any], Tensor]) -> Any:
     return property(get, doc=function.__doc__)
 
 
+# Optional input -> what it is and where it comes from, for the error where it is missing.
+OPTIONAL = {
+    "ref_logps": "reference log-probabilities: pass ref_hidden or ref_logps",
+    "rejected_similarity": "similarities of the rejected sentences (`aspo score --rejected`)",
+    "sentence_weights": "sentence weights: give the rows chosen_sentence_weights",
+    "token_scores": "token scores: give the rows chosen_token_scores and rejected_token_scores (`aspo rewards`)",
+    "token_kl": "the divergence at each token, and so a live reference: turn precompute_ref_log_probs off",
+    "sharp_logps": "log-probabilities at temperature 1/2",
+    "negative_log_q": "the negatives' log-densities: give the rows negative_log_q (`aspo negatives`)",
+    "desirable": "rows of one response with a label",
+}
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What an objective may look at.
@@ -47,6 +58,16 @@ class Inputs:
     layout: the tokens' grouping. logps: (N,) policy log-probabilities, differentiable. ref_logps: (N,) the
     reference's, or None. similarity: (S_chosen,) raw cosine of each chosen sentence with the image, or None.
     backend: "auto", "torch" or "triton", for the reductions and for ASPO's fused kernel.
+
+    What only some objectives read (`Objective.reads`), or None; all without gradient but token_kl:
+    rejected_similarity: (S,) cosines, read at the rejected responses' sentences.
+    sentence_weights: (S,) weights of sentences that come with the data instead of being computed.
+    token_scores: (N,) a number for each token; what it means is the objective's (a reward, a corrected segment, ...).
+    token_kl: (N,) KL(reference || policy) over the whole vocabulary (`linear_token_kl`), differentiable.
+    sharp_logps: (N,) the policy's log-probabilities at temperature 1/2: log sum_v p_v^2 = 2 logp - sharp_logp.
+    negative_log_q: (R,) log-density with which a negative image was drawn, read at responses of roles 2 and up.
+    desirable: (B,) bool, of items that are single responses: whether it is a good one.
+    pair_tokens: mean of |y_c| + |y_r| over the whole batch of an optimiser step, on all processes.
     """
 
     layout: SentenceLayout
@@ -54,19 +75,33 @@ class Inputs:
     ref_logps: Tensor | None = None
     similarity: Tensor | None = None
     backend: str = "auto"
+    rejected_similarity: Tensor | None = None
+    sentence_weights: Tensor | None = None
+    token_scores: Tensor | None = None
+    token_kl: Tensor | None = None
+    sharp_logps: Tensor | None = None
+    negative_log_q: Tensor | None = None
+    desirable: Tensor | None = None
+    pair_tokens: float | None = None
     _known: dict[str, Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)  # see _once
 
     def __post_init__(self) -> None:
-        num_tokens = self.layout.num_tokens
-        for name, value, size in (
-            ("logps", self.logps, num_tokens),
-            ("ref_logps", self.ref_logps, num_tokens),
-            ("similarity", self.similarity, self.layout.chosen_sentences.numel()),
-        ):
+        layout = self.layout
+        sizes = {
+            **dict.fromkeys(("logps", "ref_logps", "token_scores", "token_kl", "sharp_logps"), layout.num_tokens),
+            "similarity": layout.chosen_sentences.numel(),
+            **dict.fromkeys(("rejected_similarity", "sentence_weights"), layout.num_sentences),
+            "negative_log_q": layout.num_responses,
+            "desirable": layout.num_items,
+        }
+        for name, size in sizes.items():
+            value = getattr(self, name)
             if value is None:
                 continue
-            if value.shape != (size,) or not value.is_floating_point():
-                raise ValueError(f"{name} must be floating point ({size},), got {value.dtype} {tuple(value.shape)}")
+            kind = "bool" if name == "desirable" else "floating point"
+            fits = value.dtype == torch.bool if kind == "bool" else value.is_floating_point()
+            if value.shape != (size,) or not fits:
+                raise ValueError(f"{name} must be {kind} ({size},), got {value.dtype} {tuple(value.shape)}")
             if value.device != self.logps.device:
                 raise ValueError(f"{name} is on {value.device} but logps on {self.logps.device}")
         if self.layout.targets.device != self.logps.device:
@@ -78,14 +113,26 @@ class Inputs:
             self._check_finite()  # elsewhere looking would wait for the device
 
     def _check_finite(self) -> None:
-        tokens, _, chosen = self.layout.used_sizes()
-        for name, value, used, fix in (
-            ("similarity", self.similarity, chosen, "score that sentence again"),
-            ("ref_logps", self.ref_logps, tokens, "compute the reference's log-probabilities again"),
+        tokens, sentences, chosen = self.layout.used_sizes()
+        for name, used, fix in (
+            ("similarity", chosen, "score that sentence again"),
+            ("rejected_similarity", sentences, "score that sentence again"),
+            ("ref_logps", tokens, "compute the reference's log-probabilities again"),
+            ("sentence_weights", sentences, "give that sentence a weight"),
+            ("token_scores", tokens, "score that token again"),
+            ("negative_log_q", None, "draw that negative image again"),
         ):
+            value = getattr(self, name)
             bad = () if value is None else torch.nonzero(~torch.isfinite(value[:used])).flatten().tolist()
             if value is not None and bad:
                 raise ValueError(f"{name}[{bad[0]}] is {float(value[bad[0]])}; {fix}")
+
+    def need(self, name: str) -> Tensor:
+        """The field of that name; ValueError where this batch has none."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"this objective needs {OPTIONAL[name]}")
+        return value
 
     def sum_by(self, values: Tensor, offsets: Tensor) -> Tensor:
         """`segments.segment_sum` on this batch's backend."""
@@ -94,9 +141,7 @@ class Inputs:
     @_once
     def token_logratios(self) -> Tensor:
         """(N,) logp - ref_logp, subtracted per token before anything is summed: sums of each would round first."""
-        if self.ref_logps is None:
-            raise ValueError("this objective needs reference log-probabilities: pass ref_hidden or ref_logps")
-        return self.logps - self.ref_logps.detach()
+        return self.logps - self.need("ref_logps").detach()
 
     @_once
     def sentence_logratios(self) -> Tensor:
@@ -121,6 +166,17 @@ class Inputs:
     def pair(self, per_response: Tensor) -> tuple[Tensor, Tensor]:
         """(R,) -> the chosen's and the rejected's values, (B,) each."""
         return per_response[self.layout.with_role(0)], per_response[self.layout.with_role(1)]
+
+    def negatives(self, per_response: Tensor, missing: float) -> Tensor:
+        """(R,) -> (B, Q): the values of each item's responses of roles 2 and up, `missing` where it has fewer."""
+        layout, roles = self.layout, len(self.layout.role_responses)
+        table = torch.full((layout.num_items, roles), layout.num_responses, device=layout.group.device)
+        table[layout.group, layout.role] = torch.arange(layout.num_responses, device=layout.group.device)
+        return torch.cat([per_response, per_response.new_full((1,), missing)])[table[:, 2:]]
+
+    def spread(self, per_response: Tensor) -> Tensor:
+        """(R,) -> (N,): each response's value at its tokens."""
+        return spread_over(per_response, self.layout.response_token_offsets, self.layout.num_tokens, self.backend)
 
     def reward_stats(self, beta: float, margins: Tensor | None = None) -> dict[str, Tensor]:
         """Detached `chosen_rewards`, `rejected_rewards` (beta * h) and `margins`, (B,) each."""
@@ -147,6 +203,7 @@ class Objective:
     options: Mapping[str, Any]  # its keyword options with their defaults
     difference_only: bool = False  # it reads h(y_c) - h(y_r) alone: a common start of both has no gradient
     reads_negatives: bool = False  # it reads responses of roles 2 and up
+    reads: frozenset[str] = frozenset()  # optional fields of Inputs that it may read
 
     def __call__(self, inputs: Inputs, **options: Any) -> Result:
         self.check_options(options)
@@ -164,14 +221,22 @@ _REGISTRY: dict[str, Objective] = {}
 
 
 def register(
-    name: str, *, needs_reference: bool = True, difference_only: bool = False, reads_negatives: bool = False
+    name: str,
+    *,
+    needs_reference: bool = True,
+    difference_only: bool = False,
+    reads_negatives: bool = False,
+    reads: Iterable[str] = (),
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Decorator: make `function(inputs, **options) -> Result` available as `get(name)`.
 
     difference_only: its losses depend on a pair's h(y_c) - h(y_r) and on nothing else, so that the gradients of tokens
     with which both responses begin cancel, and a trainer need not compute them. reads_negatives: it reads responses of
-    roles 2 and up; a trainer refuses rows that have them with objectives which do not.
+    roles 2 and up; a trainer refuses rows that have them with objectives which do not. reads: the optional fields of
+    Inputs that it may read (`Inputs.need`); what is costly among them (token_kl, sharp_logps) is computed only then.
     """
+    if unknown := sorted(set(reads) - OPTIONAL.keys()):
+        raise ValueError(f"objective {name!r} reads {unknown[0]!r}; Inputs has {', '.join(OPTIONAL)}")
 
     def add(function: Callable[..., Result]) -> Callable[..., Result]:
         if name in _REGISTRY:
@@ -181,7 +246,9 @@ def register(
         if without:
             raise ValueError(f"objective {name!r}: option {without[0]!r} needs a default value")
         takes = {p.name: p.default for p in parameters}
-        _REGISTRY[name] = Objective(name, function, needs_reference, takes, difference_only, reads_negatives)
+        _REGISTRY[name] = Objective(
+            name, function, needs_reference, takes, difference_only, reads_negatives, frozenset(reads)
+        )
         return function
 
     return add
@@ -246,50 +313,5 @@ def weighted_sum(weights: Mapping[str | Objective, float]) -> Objective:
         takes,
         all(member.difference_only for member, _ in members),
         any(member.reads_negatives for member, _ in members),
+        frozenset().union(*(member.reads for member, _ in members)),
     )
-
-
-@register("dpo", difference_only=True)
-def dpo(x: Inputs, beta: float = 0.1, label_smoothing: float = 0.0) -> Result:
-    """-(1 - e) log sigmoid(m) - e log sigmoid(-m), m = beta (h(y_c) - h(y_r)).  (DPO, arXiv 2305.18290)"""
-    check_positive("beta", beta)
-    if not 0.0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing is {label_smoothing}; it must be in [0, 0.5)")
-    chosen, rejected = x.pair(x.response_logratios)
-    m = beta * (chosen - rejected)
-    losses = -(1 - label_smoothing) * F.logsigmoid(m) - label_smoothing * F.logsigmoid(-m)
-    return Result(losses, x.reward_stats(beta))
-
-
-@register("ipo")
-def ipo(x: Inputs, beta: float = 0.1) -> Result:
-    """(d - 1 / (2 beta))^2, d = h(y_c) / |y_c| - h(y_r) / |y_r|.  (IPO, arXiv 2310.12036; per token as TRL does)"""
-    check_positive("beta", beta)
-    chosen, rejected = x.pair(x.response_logratios / x.lengths)
-    return Result((chosen - rejected - 1 / (2 * beta)) ** 2, x.reward_stats(beta))
-
-
-@register("hinge", difference_only=True)
-def hinge(x: Inputs, beta: float = 0.1) -> Result:
-    """max(0, 1 - beta (h(y_c) - h(y_r))).  (SLiC-HF, arXiv 2305.10425)"""
-    check_positive("beta", beta)
-    chosen, rejected = x.pair(x.response_logratios)
-    return Result(torch.relu(1 - beta * (chosen - rejected)), x.reward_stats(beta))
-
-
-@register("simpo", needs_reference=False)
-def simpo(x: Inputs, beta: float = 2.0, gamma: float = 1.0) -> Result:
-    """-log sigmoid(beta (logp(y_c) / |y_c| - logp(y_r) / |y_r|) - gamma).  (SimPO, arXiv 2405.14734)"""
-    check_positive("beta", beta)
-    if not math.isfinite(gamma):
-        raise ValueError(f"gamma is {gamma}; it must be finite")
-    chosen, rejected = x.pair(beta * x.response_logps / x.lengths)
-    stats = {"chosen_rewards": chosen, "rejected_rewards": rejected, "margins": chosen - rejected}
-    return Result(-F.logsigmoid(chosen - rejected - gamma), {k: v.detach() for k, v in stats.items()})
-
-
-@register("sft", needs_reference=False)
-def sft(x: Inputs) -> Result:
-    """-logp(y_c) / |y_c|: the chosen response's mean negative log-likelihood per token."""
-    losses = -(x.response_logps / x.lengths)[x.layout.with_role(0)]
-    return Result(losses, {"nll": losses.detach()})

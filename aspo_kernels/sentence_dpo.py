@@ -54,6 +54,7 @@ def sentence_dpo_loss(
     ref_bias: Tensor | None = None,
     ref_logps: Tensor | None = None,
     similarity: Tensor | None = None,
+    sentence_weights: Tensor | None = None,
     beta: float = 0.1,
     alpha: float = 0.5,
     normalizer: str = "sentence",
@@ -82,6 +83,8 @@ def sentence_dpo_loss(
         ref_logps: (N,) fp32, the reference's log-probabilities from a cache.
         similarity: (S_chosen,) raw cosine of each chosen sentence with the image, row after row; None = ASPO-P,
             whatever alpha is.
+        sentence_weights: (S_chosen,) the weights w_i themselves, from any source, 0 or more, in place of computed ones;
+            alpha, similarity and the perplexity options are then left alone.
         beta: strength of the margin. alpha: share of similarity in the weights, 1 = ASPO-S, 0 = ASPO-P.
         normalizer: R_c / R_c*: "sentence" K / sum(1 + w), "token", "none", or "reward".
         perplexity: whose perplexity weighs, "policy" (this step's forward) or "reference".
@@ -126,8 +129,8 @@ def sentence_dpo_loss(
                 memory_budget, validate,
             )  # fmt: skip
     return _loss(
-        layout, logps, ref_logps, similarity, reduction, backend, beta=beta, alpha=alpha, normalizer=normalizer,
-        perplexity=perplexity, perplexity_scale=perplexity_scale,
+        layout, logps, ref_logps, similarity, sentence_weights, reduction, backend, beta=beta, alpha=alpha,
+        normalizer=normalizer, perplexity=perplexity, perplexity_scale=perplexity_scale,
     )  # fmt: skip
 
 
@@ -138,6 +141,7 @@ def sentence_dpo_loss_from_logits(
     ref_logits: Tensor | None = None,
     ref_logps: Tensor | None = None,
     similarity: Tensor | None = None,
+    sentence_weights: Tensor | None = None,
     beta: float = 0.1,
     alpha: float = 0.5,
     normalizer: str = "sentence",
@@ -168,8 +172,8 @@ def sentence_dpo_loss_from_logits(
         with torch.no_grad():
             ref_logps = gathered_token_logps(ref_logits, rows, targets, temperature, backend=backend)
     return _loss(
-        layout, logps, ref_logps, similarity, reduction, backend, beta=beta, alpha=alpha, normalizer=normalizer,
-        perplexity=perplexity, perplexity_scale=perplexity_scale,
+        layout, logps, ref_logps, similarity, sentence_weights, reduction, backend, beta=beta, alpha=alpha,
+        normalizer=normalizer, perplexity=perplexity, perplexity_scale=perplexity_scale,
     )  # fmt: skip
 
 
@@ -228,11 +232,21 @@ def _loss(
     logps: Tensor,
     ref_logps: Tensor | None,
     similarity: Tensor | None,
+    sentence_weights: Tensor | None,
     reduction: str,
     backend: str,
     **options: Any,
 ) -> SentenceDPOOutput:
-    inputs = Inputs(layout, logps, ref_logps, similarity, backend)
+    given = None
+    if sentence_weights is not None:
+        if sentence_weights.shape != layout.chosen_sentences.shape:
+            raise ValueError(
+                f"sentence_weights must be {tuple(layout.chosen_sentences.shape)}, one for each chosen sentence, got "
+                f"{tuple(sentence_weights.shape)}"
+            )
+        given = sentence_weights.new_zeros(layout.num_sentences).index_put((layout.chosen_sentences,), sentence_weights)
+        options["weights"] = "given"
+    inputs = Inputs(layout, logps, ref_logps, similarity, backend, sentence_weights=given)
     if layout.num_items == 0:
         none = logps[:0]  # what a padded layout has behind its end belongs to no pair
         zero, none = none.sum(), none.detach()  # of no tokens: a zero that the backward can start from

@@ -154,7 +154,9 @@ def test_several_rejected_responses_are_refused():
     assert objectives.get("sft")(Inputs(layout, torch.full((3,), -1.0))).losses.tolist() == [1.0]
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo", "simpo", "hinge", "sft", "aspo"])
+@pytest.mark.parametrize(
+    "name", ["dpo", "ipo", "simpo", "hinge", "sft", "aspo", "orpo", "f_dpo", "acpo", "misp", "mdpo", "povid"]
+)
 def test_no_pairs_give_a_connected_zero(name):
     layout = SentenceLayout.from_labels(torch.empty(0, 3).long(), torch.empty(0, 3).long())
     logps = torch.empty(0, requires_grad=True)
@@ -177,6 +179,8 @@ def test_names_options_and_references():
         "normalizer": "sentence",
         "perplexity": "policy",
         "perplexity_scale": "ppl",
+        "weights": "computed",
+        "rejected_side": "whole",
     }
     assert [objectives.needs_reference(n) for n in ("dpo", "ipo", "hinge", "aspo", "simpo", "sft")] == [
         *[True] * 4,
@@ -192,7 +196,7 @@ def test_options_returns_a_copy():
 
 
 def test_unknown_names_and_options():
-    with pytest.raises(ValueError, match="unknown objective 'dpoo'; choose one of aspo, dpo"):
+    with pytest.raises(ValueError, match="unknown objective 'dpoo'; choose one of acpo, aspo"):
         objectives.get("dpoo")
     with pytest.raises(ValueError, match=r"name is a string, got \['dpo', 'sft'\]; for several use weighted_sum"):
         objectives.get(["dpo", "sft"])

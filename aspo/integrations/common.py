@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from aspo.meters import Meters, record
 from aspo.model import base_model, output_head, trunk_hidden
+from aspo.objective_options import probe
 from aspo_kernels import SentenceLayout, gather_hidden, objectives
 
+OPTIONAL_READS = {"sentence_weights", "rejected_similarity"}  # read only where an option asks for it; then an error
 NOT_THE_TRUNKS = ("labels", "use_cache", "return_dict", "logits_to_keep")  # arguments that a trunk has no use for
 
 
@@ -74,8 +75,11 @@ class Settings:
         members: Any = objective
         made = objectives.get(members) if isinstance(objective, str) else objectives.weighted_sum(members)
         made.check_options(options)
-        pair = SentenceLayout.from_labels(torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 1, dtype=torch.long))
-        made(objectives.Inputs(pair, torch.zeros(2), torch.zeros(2), torch.zeros(1)), **options)  # refuses bad values
+        if unread := sorted(made.reads - OPTIONAL_READS):
+            raise ValueError(f"{made.name} reads {unread[0]}, which this plug-in does not make: use AspoTrainer")
+        if made.reads_negatives:
+            raise ValueError(f"{made.name} reads negative images, which this plug-in does not make: use AspoTrainer")
+        made(probe(), **options)  # refuses bad values
         return cls(made, options, kernel_backend)
 
     @property

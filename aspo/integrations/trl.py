@@ -22,12 +22,12 @@ from trl.trainer.utils import use_adapter
 from aspo.attention import with_route
 from aspo.data import Collator
 from aspo.exact import settle_sharing
-from aspo.forward import PairForward, tree_inputs
+from aspo.forward import PairForward, mean_pair_tokens, objective_inputs, tree_inputs
 from aspo.integrations.common import forward_runs, refuse
 from aspo.meters import Meters, record
 from aspo.model import check_head, inference, output_head
 from aspo.objective_options import ObjectiveOptions
-from aspo.start import autocast_dtype, every_dataset, first_rows
+from aspo.start import autocast_dtype, check_columns, every_dataset, first_rows, needs_similarity
 from aspo.validate import validate_rows
 from aspo.vision import VisionFeatures
 from aspo_kernels import objectives
@@ -59,7 +59,9 @@ REFUSED_COLUMNS = ("tools", "chat_template_kwargs")
 COLUMNS = (
     *("prompt", "chosen", "rejected", "image", "images", "rejected_images", "chosen_images", "negative_images"),
     *("chosen_sentences", "rejected_sentences", "chosen_similarity", "sample_weight", "id"),
-    *("ref_chosen_logps", "ref_rejected_logps"),
+    *("ref_chosen_logps", "ref_rejected_logps", "rejected_similarity", "negative_log_q", "unfinished"),
+    *("chosen_sentence_weights", "rejected_sentence_weights", "chosen_token_scores", "rejected_token_scores"),
+    "chosen_alternative_ids",
 )
 
 
@@ -118,7 +120,8 @@ class AspoDPOTrainer(DPOTrainer):
             )
         self.objective: objectives.Objective = args.objective()
         self.objective_options = args.objective_options()
-        self._needs_similarity = "aspo" in args.loss_type and self.objective_options["alpha"] > 0
+        self._needs_similarity = needs_similarity(self.objective_options)
+        self._pair_tokens: float | None = None
         packed, args.padding_free = args.padding_free, False  # TRL has none, and would say that there is none
         super().__init__(model, ref_model, args, **kwargs)
         args.padding_free = packed
@@ -174,6 +177,7 @@ class AspoDPOTrainer(DPOTrainer):
             if row.get(column):
                 raise ValueError(f"column {column!r} would change the prompt, which is not supported: drop it")
         validate_rows([row])
+        check_columns(self.args.loss_type, [row])
         self._require_similarity(row.get("chosen_similarity"))
 
     def _require_similarity(self, similarity: Any) -> None:
@@ -203,9 +207,10 @@ class AspoDPOTrainer(DPOTrainer):
         )
         with self.accelerator.autocast():
             inputs = self._with_reference(forward, inputs)
-            with forward_runs(policy, lambda **_: forward.logps(inputs, self.objective.needs_reference)):
-                logps, ref_logps = model()
-        given = objectives.Inputs(inputs["layout"], logps, ref_logps, inputs["similarity"], self.args.kernel_backend)
+            reads = self.objective.reads
+            with forward_runs(policy, lambda **_: forward.numbers(inputs, self.objective.needs_reference, reads)):
+                numbers = model()
+        given = objective_inputs(inputs, numbers, self.args.kernel_backend, pair_tokens=self._pair_tokens)
         result = self.objective(given, **self.objective_options)
         self._record(given, result, inputs)
         losses = result.losses
@@ -243,6 +248,11 @@ class AspoDPOTrainer(DPOTrainer):
             tokens = torch.tensor(inputs["tree"].num_unshared_tokens, device=self.accelerator.device)
             self._total_train_tokens += int(self.accelerator.reduce(tokens, "sum"))
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        if self.objective_options.get("target") == "batch" and batch_samples:  # ACPO's lengths, over the whole step
+            self._pair_tokens = mean_pair_tokens(batch_samples, self.accelerator)
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Trainer's estimate, from the model's own inputs."""
