@@ -1,0 +1,272 @@
+"""`aspo rewards`: how right each token of the responses is, kept in the data set as `<column>_token_scores`.
+
+    fisao   object words scored by a CLIP model (the model's own vision encoder where it is one) and calibrated on the
+            model's answers to rows set apart: aspo.verifier, aspo.calibrate, docs/fisao.md
+    tldr    every token scored by a head on the model's hidden states, trained on perturbed captions: aspo.tldr,
+            docs/tldr.md
+
+Both write [start, end, r] spans over characters of the response; a token that overlaps none has r = 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aspo.calibrate import (
+    ANSWERS_FILE,
+    CALIBRATION_FILE,
+    Answered,
+    answer_rows,
+    calibration_of,
+    summary,
+    write_calibration,
+)
+from aspo.folder import ROWS_FILE, append_row, read_lines, row_name
+from aspo.judges import image_hash
+from aspo.model import load_model
+from aspo.object_words import load_vocabulary
+from aspo.resume import differences, write_json
+from aspo.rows import load_rows
+from aspo.scorers import load_scorer
+from aspo.scores import progress_bar
+from aspo.validate import response_text, validate_rows
+from aspo.verifier import BARE_WORD, WORLD_TEMPLATE, Calibration, Verifier, compare_towers
+
+SETTINGS_FILE = "settings.json"
+COLUMNS = ("chosen", "rejected")
+Row = Mapping[str, Any]
+Spans = Sequence[tuple[int, int, float]]  # [start, end, r]
+
+DESCRIPTION = """\
+Score the tokens of preference rows, for objectives that weigh tokens (fisao, weighted_dpo) and for `aspo online`.
+
+  aspo rewards --method fisao --model world --scorer world --objects world \\
+               --calibrate world:calibration --data runs/pairs --out runs/rewarded
+  aspo rewards --method tldr --model world --train world:calibration --data runs/pairs --out runs/tldr
+
+fisao: the model answers the calibration rows, whose truth (`objects` or `scene`) tells right from hallucinated object
+words; their mean similarities to the images are the baselines of the rewards. Without --data it stops there. tldr: a
+head on the model's hidden states learns to tell true captions' tokens from swapped ones. --analyse compares
+token-level with sentence-level scores instead. Run the same command again to go on after a stop."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `aspo rewards`."""
+    parser.description = DESCRIPTION
+    add = parser.add_argument
+    add("--method", required=True, choices=("fisao", "tldr"), help="what scores the tokens")
+    add("--model", required=True, help="folder or hub name of the model, or an adapter's; world = the embedded one")
+    add("--data", help="preference rows to score: a folder, .jsonl, .json or .parquet")
+    add("--out", required=True, type=Path, help="folder to write: the rows, and what the scores were made with")
+    add("--objects", help="object vocabulary: a file of lines `name, synonym, synonym`; rows = names in the rows' "
+        "`objects`; world, world:shapes, world:colours")  # fmt: skip
+    fisao = parser.add_argument_group("fisao")
+    fisao.add_argument(
+        "--scorer", help="CLIP as in `aspo score`; best the one that the model's vision tower comes from"
+    )
+    fisao.add_argument("--calibrate", help="rows with `objects` or `scene`, neither trained on nor evaluated")
+    fisao.add_argument("--calibrate-limit", type=int, help="only the first of them (default: all)")
+    fisao.add_argument("--template", help=f"what the text tower reads of a word (default: {BARE_WORD}, the bare word; "
+                       f'"{WORLD_TEMPLATE}" with --scorer world)')  # fmt: skip
+    fisao.add_argument(
+        "--margin", type=float, default=0.0, help="cosine beyond the baselines that r needs (default: 0)"
+    )
+    fisao.add_argument("--temperature", type=float, default=1.0, help="of the answers, 0 = greedy (default: 1)")
+    fisao.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: 256)")
+    fisao.add_argument("--analyse", action="store_true", help="token- against sentence-level scores, as JSON and PNG")
+    fisao.add_argument("--after", help="--analyse: a second model or adapter, e.g. the trained one")
+    tldr = parser.add_argument_group("tldr")
+    tldr.add_argument("--train", help="rows with true captions: `caption`, else `chosen`; or `scene`")
+    tldr.add_argument("--train-limit", type=int, help="only the first of them (default: all)")
+    tldr.add_argument("--epochs", type=int, default=20, help="passes of the head over its features (default: 20)")
+    tldr.add_argument("--learning-rate", type=float, default=1e-3, help="of the head's AdamW (default: 0.001)")
+    add("--seed", type=int, default=0, help="of sampling, of perturbations and of the head's start (default: 0)")
+    add("--batch-size", type=int, default=16, help="rows at a time (default: 16)")
+    add("--limit", type=int, help="only the first rows of --data (default: all)")
+    add("--image-root", help="where relative image paths start (default: the folder of the rows)")
+    add("--dtype", default="float32", help="float32, bfloat16, float16 or auto (default: float32)")
+    add("--device", help="torch device (default: the accelerator if there is one, else cpu)")
+
+
+NEEDS = {"fisao": ("scorer", "objects", "calibrate"), "tldr": ("train", "data")}
+OF_OTHER = {  # options that only the other method reads, and their defaults
+    "fisao": ("train", "train_limit"),
+    "tldr": ("scorer", "calibrate", "calibrate_limit", "template", "analyse", "after"),
+}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `aspo rewards`."""
+    for name in NEEDS[args.method]:
+        if getattr(args, name) is None:
+            raise ValueError(f"--{name} is missing: --method {args.method} needs it")
+    for name in OF_OTHER[args.method]:
+        if getattr(args, name) not in (None, False):
+            raise ValueError(f"--{name.replace('_', '-')} has no meaning with --method {args.method}: drop it")
+    for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("epochs", 1), ("temperature", 0), ("margin", 0)):
+        if not getattr(args, name) >= least:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}")
+    if args.method == "tldr":
+        from aspo.tldr import run_tldr
+
+        return run_tldr(args)
+    if args.analyse:
+        from aspo.evidence import run_analysis
+
+        return run_analysis(args)
+    if args.after is not None:
+        raise ValueError("--after is the second model of --analyse: give that too, or drop it")
+    return run_fisao(args)
+
+
+def run_fisao(args: argparse.Namespace) -> int:
+    """Calibrate, then score --data if it is given."""
+    rows = load_preferences(args) if args.data else None
+    calibration_rows, verifier = load_verifier(args)
+    if rows is not None:
+        check_apart(calibration_rows, rows)
+    names = ("method", "model", "scorer", "objects", "template", "calibrate", "calibrate_limit", "temperature",
+             "max_new_tokens", "margin", "seed", "batch_size", "dtype", "image_root")  # fmt: skip
+    begin(args.out, {**{name: getattr(args, name) for name in names}, "data": args.data}, free=("data",))
+    calibration = settled_calibration(args, calibration_rows, verifier)
+    if rows is None:
+        return 0
+
+    def score(batch: Sequence[Row]) -> list[dict[str, Spans]]:
+        texts = [[response_text(row[column]) for column in COLUMNS] for row in batch]
+        return [
+            {column: calibration.spans(words) for column, words in zip(COLUMNS, of_row, strict=True)}
+            for of_row in verifier.scores(batch, texts)
+        ]
+
+    write_scored(rows, score, args.out, args.batch_size)
+    print(scored_summary(args.out))
+    return 0
+
+
+def load_preferences(args: argparse.Namespace) -> Any:
+    """The rows of --data, checked; they must not lie in --out."""
+    if Path(args.data).resolve() == args.out.resolve():
+        raise ValueError(f"--out {args.out} is --data: name another folder, so that the rows stay as they are")
+    rows = load_rows(args.data, limit=args.limit, image_root=args.image_root)
+    validate_rows(rows)
+    return rows
+
+
+def load_verifier(args: argparse.Namespace) -> tuple[Any, Verifier]:
+    """The calibration rows, and the verifier that the options name."""
+    rows = load_rows(args.calibrate, kind="prompt", limit=args.calibrate_limit, image_root=args.image_root)
+    validate_rows(rows, "prompt")
+    if not {"objects", "scene"} & set(rows.column_names):
+        raise ValueError(f"--calibrate {args.calibrate}: the rows have no truth, neither 'objects' nor 'scene'")
+    vocabulary = load_vocabulary(args.objects, rows)
+    if args.template is None:
+        args.template = WORLD_TEMPLATE if args.scorer == "world" else BARE_WORD
+    return rows, Verifier(load_scorer(args.scorer, args.device), vocabulary, args.template)
+
+
+def check_apart(calibration_rows: Sequence[Row], rows: Sequence[Row]) -> None:
+    """ValueError where a row's image is one of the calibration's: its baselines would be fitted to what they judge."""
+    known = {image_hash(row): row for row in calibration_rows}
+    for row in rows:
+        if (twin := known.get(image_hash(row))) is not None:
+            raise ValueError(
+                f"{row_name(row)} of --data has the image of calibration {row_name(twin)}: calibrate on rows that are "
+                "neither trained on nor evaluated"
+            )
+
+
+def settled_calibration(args: argparse.Namespace, rows: Sequence[Row], verifier: Verifier) -> Calibration:
+    """The calibration in --out, or a new one; what it found is printed."""
+    path = args.out / CALIBRATION_FILE
+    if path.exists():
+        calibration = Calibration.load(path)
+        now = (verifier.scorer.identity, tuple(verifier.vocabulary.lines))
+        if (calibration.identity, calibration.vocabulary) != now:
+            raise ValueError(
+                f"{path} was made with other weights of the scorer or another vocabulary; use another --out"
+            )
+        answers: list[Answered] = list(read_lines(args.out / ANSWERS_FILE))
+    else:
+        model, processor = load_model(args.model, args.dtype, device=args.device)
+        with progress_bar() as bar:
+            task = bar.add_task("calibrating", total=len(rows))
+            answers = answer_rows(
+                model,
+                processor,
+                rows,
+                verifier,
+                args.out / ANSWERS_FILE,
+                batch_size=args.batch_size,
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                seed=args.seed,
+                progress=lambda count: bar.advance(task, count),
+            )
+        calibration = calibration_of(
+            answers, verifier, args.margin, args.scorer, compare_towers(model, verifier.scorer)
+        )
+        write_calibration(args.out, calibration, answers)
+    print(summary(calibration, answers))
+    return calibration
+
+
+def begin(out: Path, settings: Mapping[str, Any], free: tuple[str, ...] = ()) -> None:
+    """Note the settings of a command's folder; ValueError where it was begun with others or by something else.
+
+    free: settings that may be given later (None before).
+    """
+    path = out / SETTINGS_FILE
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON: {error}; use another --out") from error
+        changed = differences(
+            {**before, **{name: settings[name] for name in free if not before.get(name)}}, settings, ()
+        )
+        if changed:
+            raise ValueError(
+                f"{out} was begun with other settings ({'; '.join(changed)}): use the same, or another --out"
+            )
+    elif (out / ROWS_FILE).exists():
+        raise ValueError(f"{out} already holds rows that `aspo rewards` did not make; use another --out")
+    write_json(path, settings)
+
+
+def write_scored(
+    rows: Sequence[Row], score: Callable[[Sequence[Row]], Sequence[Mapping[str, Spans]]], out: Path, batch_size: int
+) -> None:
+    """Append the rows with `<column>_token_scores` that `out` does not hold yet, batch by batch."""
+    there = [line["id"] for line in read_lines(out / ROWS_FILE)]
+    if any(there[i] != rows[i]["id"] for i in range(min(len(there), len(rows)))):
+        raise ValueError(f"{out / ROWS_FILE} holds other rows than --data: use another --out")
+    with progress_bar() as bar:
+        task = bar.add_task("scoring", total=len(rows))
+        for start in range(0, len(rows), batch_size):
+            batch = [dict(rows[i]) for i in range(start, min(start + batch_size, len(rows)))]
+            if start + len(batch) > len(there):
+                made = list(zip(batch, score(batch), strict=True))
+                for row, spans in made[max(len(there) - start, 0) :]:
+                    append_row(out, {**row, **{f"{name}_token_scores": list(value) for name, value in spans.items()}})
+            bar.advance(task, len(batch))
+
+
+def scored_summary(out: Path) -> str:
+    """How many words and rows got a reward."""
+    lines = []
+    rows = list(read_lines(out / ROWS_FILE))
+    for column in COLUMNS:
+        spans = [row[f"{column}_token_scores"] for row in rows]
+        values = [value for of_row in spans for _, _, value in of_row]
+        up, down = sum(value > 0 for value in values), sum(value < 0 for value in values)
+        mean = sum(values) / max(len(values), 1)
+        lines.append(
+            f"  {column}: {len(values)} scored spans, {up} above 0, {down} below; mean {mean:+.3f}; "
+            f"{sum(not of_row for of_row in spans)} responses without any"
+        )
+    return "\n".join([f"{len(rows)} rows scored, in {out}", *lines])
