@@ -25,6 +25,7 @@ from aspo.metrics import ObjectVocabulary
 from aspo.model import load_model
 from aspo.rows import load_rows, validate_rows
 from aspo.statistics import compare, markdown
+from aspo.suite import command as suite
 
 
 def evaluate(
@@ -120,12 +121,14 @@ Measure how often a model says what is not there.
 
   aspo eval --model world --data world:test --out base.json
   aspo eval --model world --adapter runs/aspo --data world:test --out aspo.json
-  aspo eval --model llava-hf/llava-1.5-7b-hf --data pope/ --out pope.json
+  aspo eval --model llava-hf/llava-1.5-7b-hf --suite pope --suite-data POPE/ --suite-images val2014/ --out pope.json
 
 Rows bring their own truth: `scene` (the embedded world: descriptions judged sentence by sentence, yes/no questions,
 minimal pairs), `question` and `answer` (yes or no; `split` random, popular or adversarial), or `objects` with
---objects (CHAIR). docs/evaluation.md defines every figure. The items are kept in --out, so that `aspo report` can
-compare systems with paired intervals. Run the same command again to go on after an interruption."""
+--objects (CHAIR). --suite reads the files of POPE, CHAIR, AMBER, SHR, MMHal-Bench, HallusionBench or MMVP instead, or
+runs another benchmark through lmms-eval or VLMEvalKit (docs/suite.md). docs/evaluation.md defines every figure. The
+items are kept in --out, so that `aspo report` can compare systems with paired intervals. Run the same command again to
+go on after an interruption."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,23 +137,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help='folder or hub name of the model, or "world" for the embedded one')
     add("--adapter", help="folder of a LoRA adapter to put on the model")
-    add("--data", required=True, help="evaluation rows: a folder, .jsonl, .parquet, or world:test and its other splits")
+    add("--data", help="evaluation rows: a folder, .jsonl, .parquet, or world:test and its other splits")
     add("--out", required=True, type=Path, help="file to write: figures, and the items they come from, as JSON")
     add("--objects", type=Path, help="object vocabulary for rows with `objects`: a line is `name, synonym, synonym`")
     add("--limit", type=int, help="evaluate the first LIMIT rows only")
     add("--batch-size", type=int, default=16, help="answers generated at a time (default: 16)")
-    add("--max-new-tokens", type=int, default=256, help="longest answer (default: 256)")
+    add("--max-new-tokens", type=int, help="longest answer (default: 256; a benchmark's own with --suite)")
     add("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token; above 0 samples")
     add("--questions", type=int, help="yes/no questions for each scene of the world and split, 0 for none (default: 6)")
     add("--minimal-pairs", type=int, help="minimal pairs for each scene, 0 for none (default: one for each object)")
     add("--seed", type=int, default=0, help="of the world's questions, of sampling and of the intervals (default: 0)")
     add("--dtype", help="weights' type: float32 (default), bfloat16, float16, auto")
+    suite.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """`aspo eval`; returns 0."""
+    suite.refuse_strays(args)
+    if args.suite is not None:
+        return suite.run(args)
+    if args.data is None:
+        raise ValueError("nothing to evaluate on: give --data ROWS, or --suite NAME --suite-data DIR")
     options = Options(
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=256 if args.max_new_tokens is None else args.max_new_tokens,
         temperature=args.temperature,
         seed=args.seed,
         batch_size=args.batch_size,
