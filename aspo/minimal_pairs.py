@@ -61,8 +61,8 @@ def _margins(model: nn.Module, processor: Any, rows: list[dict[str, Any]], count
     found: list[list[float]] = []
     if not _can_share(model, shared, rows[:2]):
         plain = Collator(processor, responses=columns)
-        for batch in response_logps(model, processor, rows, batch_size=max(1, size // count), collator=plain):
-            found += _differences(batch.logps, batch.layout, count)
+        for scored in response_logps(model, processor, rows, batch_size=max(1, size // count), collator=plain):
+            found += _differences(scored.logps, scored.layout, count)
         return found
     forward = PairForward(model, None, ROUTE, False, "auto")
     own = with_route(model, ROUTE)

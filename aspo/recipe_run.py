@@ -1,0 +1,222 @@
+"""`aspo run`: a recipe's data steps, then its training, each kept under a key of all that decides what comes out."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from aspo import cli
+from aspo.folder import ROWS_FILE
+from aspo.recipes import (
+    Recipe,
+    arguments,
+    changed,
+    check_recipe,
+    command_parser,
+    expand,
+    load_recipe,
+    parse_settings,
+)
+from aspo.resume import write_json
+
+HASHED_BYTES = 256 * 2**20  # files up to this size are known by their content, larger ones by size and time
+DONE = ".done.json"  # beside a step's folder, once its command has ended
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A data step with everything settled: what is run, where its rows will lie, and the key of their content."""
+
+    line: list[str]
+    folder: Path
+    key: str
+
+    @property
+    def marker(self) -> Path:
+        return self.folder.with_name(self.folder.name + DONE)
+
+    @property
+    def done(self) -> bool:
+        return self.marker.is_file()
+
+
+class StepFailed(Exception):
+    """A command of a recipe ended with a status other than 0; it has said why."""
+
+    def __init__(self, line: Sequence[str], status: int) -> None:
+        super().__init__(f"aspo {shlex.join(line)}: ended with status {status}")
+        self.status = status
+
+
+def key_of(*parts: Any) -> str:
+    """A short hash of JSON-able values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def source_key(source: str) -> str:
+    """The key of rows or of a model by its place: of what the files there hold; any other name stands for itself."""
+    path = Path(source)
+    if source == "world":
+        from aspo.world import assets_dir
+
+        path = assets_dir() / "vlm"
+    if path.is_dir() and (path / ROWS_FILE).is_file():
+        path = path / ROWS_FILE  # images are named by their content there
+    if not path.exists():
+        return source
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return key_of([[file.name, _file_key(file)] for file in files])
+
+
+def _file_key(file: Path) -> str:
+    status = file.stat()
+    if status.st_size > HASHED_BYTES:
+        return f"{status.st_size}-{status.st_mtime_ns}"
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def data_plan(recipe: Recipe, model: str, model_key: str, data: str, cache: Path, seed: int) -> list[Planned]:
+    """The recipe's data steps. A folder in `cache` is named by its step's key, a hash of all that is before it too."""
+    plan: list[Planned] = []
+    key, source = source_key(data), data
+    for step in recipe.data:
+        known = command_parser(step.command)._option_string_actions
+        chain = [model_key if "--model" in known else None, seed if "--seed" in known else None]
+        options = {name: source_key(v) if isinstance(v, str) else v for name, v in step.options.items()}  # files too
+        key = key_of(step.command, options, *chain, key)
+        folder = cache / f"{step.command}-{key}"
+        plan.append(Planned(arguments(step, model, source, folder, seed), folder, key))
+        source = str(folder)
+    return plan
+
+
+def run_planned(planned: Planned) -> None:
+    """Run a data step unless it is done. One that was stopped goes on: its command does that itself."""
+    if planned.done:
+        return
+    start = time.perf_counter()
+    status = cli.main(planned.line)
+    if status:
+        raise StepFailed(planned.line, status)
+    seconds = round(time.perf_counter() - start, 1)
+    write_json(planned.marker, {"command": shlex.join(["aspo", *planned.line]), "key": planned.key, "seconds": seconds})
+
+
+def run_recipe(recipe: Recipe, model: str, data: str, out: Path, cache: Path, seed: int) -> Path:
+    """Run everything, one line each; returns the folder of the result. Raises StepFailed."""
+    model_key = source_key(model)
+    total = recipe.iterations * len(recipe.steps)
+    number = 0
+
+    def announce(line: Sequence[str], done: bool = False) -> None:
+        nonlocal number
+        number += 1
+        print(f"[{number}/{total}] $ aspo {shlex.join(line)}" + ("  (done before)" if done else ""), flush=True)
+
+    for iteration in range(1, recipe.iterations + 1):
+        last = iteration == recipe.iterations
+        folder = out / "model" if last else out / f"iteration-{iteration}"
+        rows, rows_key = data, source_key(data)
+        for planned in data_plan(recipe, model, model_key, data, cache, seed):
+            announce(planned.line, planned.done)
+            run_planned(planned)
+            rows, rows_key = str(planned.folder), planned.key
+        line = arguments(recipe.final, model, rows, folder, seed)
+        announce(line)
+        status = cli.main(line)
+        if status:
+            raise StepFailed(line, status)
+        if not last:
+            model_key = key_of(recipe.final.command, recipe.final.options, seed, model_key, rows_key)
+            model = str(merged(model, folder))
+    return folder
+
+
+def merged(base: str, trained: Path) -> Path:
+    """A folder with the whole model that `trained` holds: itself, or where it is an adapter, its sum with `base`."""
+    from aspo.model import ADAPTER_CONFIG, load_model
+
+    if not (trained / ADAPTER_CONFIG).is_file():
+        return trained
+    target = trained / "merged"
+    if not (target / "config.json").is_file():
+        model, processor = load_model(str(trained), "auto", base=base)
+        partial = trained / "merged.part"
+        model.merge_and_unload().save_pretrained(partial)  # type: ignore[operator]
+        processor.save_pretrained(partial)
+        partial.rename(target)
+    return target
+
+
+DESCRIPTION = """Run a recipe: its data steps, then its training.
+
+  aspo run recipes/dpo.yaml --data llava_instruct_150k.json --out runs/dpo
+  aspo run recipes/world/aspo.yaml --model world --data world:train --out runs/aspo --set train.max_steps=20
+
+A recipe is a YAML file (docs/recipes.md). All of it is checked before the first step. What a data step makes is kept in
+--cache under a key of its command, its flags and everything before it: the same command run again goes on where it was
+stopped, and recipes with the same first steps can share a cache. The result is in OUT/model."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `aspo run`."""
+    parser.description = DESCRIPTION
+    add = parser.add_argument
+    add("recipe", type=Path, help="the recipe's file")
+    add("--model", help="folder or hub name of the start model; world = the embedded one (default: the recipe's)")
+    add("--data", required=True, help="rows that the first step reads: prompts, or preference rows for training alone")
+    add("--out", required=True, type=Path, help="folder for everything it makes")
+    add("--cache", type=Path, help="folder of the data steps' results (default: OUT/data)")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting: COMMAND.FLAG=VALUE; repeatable",
+    )
+    add("--variant", help="which of the variants, where the recipe has `vary`")
+    add("--seed", type=int, default=0, help="--seed of every step that has one and does not set it (default: 0)")
+    add("--check", action="store_true", help="check the recipe and show its commands, but run nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`aspo run`; returns 0, or the status of the command that failed."""
+    recipe = changed(_variant(load_recipe(args.recipe), args.variant), parse_settings(args.set))
+    model = args.model or recipe.model
+    if model is None:
+        raise ValueError(f"{args.recipe} names no model: give --model")
+    check_recipe(recipe)
+    cache = args.cache or args.out / "data"
+    if args.check:
+        plan = [p.line for p in data_plan(recipe, model, source_key(model), args.data, cache, args.seed)]
+        rows = plan[-1][plan[-1].index("--out") + 1] if plan else args.data
+        for line in [*plan, arguments(recipe.final, model, rows, args.out / "model", args.seed)]:
+            print(f"$ aspo {shlex.join(line)}")
+        return 0
+    write_json(args.out / "recipe.json", {**asdict(recipe), "model": model, "rows": args.data, "seed": args.seed})
+    try:
+        folder = run_recipe(recipe, model, args.data, args.out, cache, args.seed)
+    except StepFailed as failed:
+        print(failed, file=sys.stderr)
+        return failed.status
+    print(f"{recipe.name}: done, in {folder}")
+    return 0
+
+
+def _variant(recipe: Recipe, wanted: str | None) -> Recipe:
+    variants = {variant.name.removeprefix(recipe.name).strip(" []"): variant for variant in expand(recipe)}
+    if recipe.vary is None:
+        if wanted is not None:
+            raise ValueError(f"{recipe.path} has no variants: drop --variant {wanted!r}")
+        return recipe
+    if wanted not in variants:
+        raise ValueError(f"{recipe.path} has variants: give --variant, one of {', '.join(map(repr, variants))}")
+    return variants[wanted]
