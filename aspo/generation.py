@@ -16,7 +16,7 @@ from aspo.prompts import encode_prompt, end_of_turn, generation_inputs, named, r
 from aspo.sentences import Splitter, split_sentences
 
 _SENTENCE_MARKS = frozenset(".!?\u2026\u3002\uff01\uff1f\n")  # without one of these before its end no text is cut
-_TAIL = 8  # tokens of a prompt that are decoded with what follows, for the whitespace between them
+TAIL = 8  # tokens of a prompt that are decoded with what follows, for the whitespace between them
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def generate_sentences(
             for before, new, length, beginning in zip(ids, tokens, stop.lengths, beginnings[part], strict=True):
                 kept = new if length is None else new[:length]
                 end = next((k for k, token in enumerate(kept) if token in config.eos_token_id), None)
-                text = decode_behind(tokenizer, before[-_TAIL:].tolist(), kept if end is None else kept[: end + 1])
+                text = decode_behind(tokenizer, before[-TAIL:].tolist(), kept if end is None else kept[: end + 1])
                 made.append(cut_sentence(text if beginning else text.lstrip(), end is not None, splitter))
     return made
 

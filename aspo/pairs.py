@@ -89,14 +89,19 @@ def recorded(out: Path) -> dict[str, str]:
     return {line["id"]: line["status"] for line in read_lines(out / DONE_FILE)}
 
 
-def summary(status: Mapping[str, str], out: Path, dropped: Mapping[str, str] = DROPPED) -> str:
+def summary(
+    status: Mapping[str, str],
+    out: Path,
+    dropped: Mapping[str, str] = seva.DROPPED,
+    nouns: tuple[str, str] = seva.NOUNS,
+) -> str:
     """How many rows were made of how many, how many gave none and why, and what else the method counted."""
     reasons = Counter(status.values())
     counts: Counter[str] = Counter()
     for line in read_lines(out / DONE_FILE):
         counts.update(line.get("counts", {}))
     made = sum(1 for _ in read_lines(out / ROWS_FILE))
-    lines = [f"{made} pairs of {len(status)} prompts, in {out}"]
+    lines = [f"{made} {nouns[0]} of {len(status)} {nouns[1]}, in {out}"]
     lines += [f"  dropped {reasons[key]}: {text}" for key, text in dropped.items() if reasons[key]]
     return "\n".join([*lines, *(f"  {count} {words}" for words, count in counts.items())])
 
@@ -148,16 +153,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="torch device (default: the accelerator if there is one, else cpu)")
 
 
-COMMON = ("method", "data", "out", "limit", "image_root")
+COMMON = ("method", "model", "data", "out", "limit", "image_root", "seed")  # `aspo run` gives them to every method
 
 
 def method_options(args: argparse.Namespace, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The method's options: as given, else their defaults. Raises ValueError for one that it would ignore."""
-    given = {name: value for name, value in vars(args).items() if value is not None and name not in COMMON}
+    given = {name: value for name, value in vars(args).items() if value is not None}
     for name in given:
-        if name not in defaults:
+        if name not in defaults and name not in COMMON:
             raise ValueError(f"{_flag(name)} is not read by --method {args.method}: drop it")
-    options = {**defaults, **given}
+    options = {name: given.get(name, default) for name, default in defaults.items()}
     if "model" in options and options["model"] is None:
         raise ValueError(f"--method {args.method} needs --model")
     for name, value in options.items():
@@ -190,9 +195,9 @@ def run(args: argparse.Namespace) -> int:
                 make, rows, out, batch_size=options.get("batch_size", 256), progress=lambda n: bar.advance(task, n)
             )
     status = recorded(out)
-    print(summary(status, out, method.DROPPED))
+    print(summary(status, out, method.DROPPED, method.NOUNS))
     if MADE not in status.values():
-        raise ValueError(f"no pair was made of {len(status)} prompts; the list above says why")
+        raise ValueError(f"no pair was made of {len(status)} {method.NOUNS[1]}; the list above says why")
     return 0
 
 
@@ -228,4 +233,14 @@ def _check_settings(args: argparse.Namespace, options: Mapping[str, Any], out: P
     return settings
 
 
-__all__ = ["MADE", "add_noise", "answer_pairs", "image_seeds", "judge", "make_pairs", "noise_schedule", "recorded"]
+__all__ = [
+    "DROPPED",
+    "MADE",
+    "add_noise",
+    "answer_pairs",
+    "image_seeds",
+    "judge",
+    "make_pairs",
+    "noise_schedule",
+    "recorded",
+]

@@ -4,6 +4,7 @@ A method's module has
 
     OPTIONS     the options that it reads -> their defaults; any other option that is given is refused
     DROPPED     status of a row of --data that gave nothing -> how the summary calls it
+    NOUNS       what it makes, of what: as the summary calls them
     check(rows, options)            raises ValueError before anything is loaded
     maker(options, load) -> Make    loads what it needs (`load()`: model and processor) and makes rows of rows
 """

@@ -24,6 +24,7 @@ from aspo.pair_makers import next_sentences as steps
 from aspo.scorers import load_scorer
 
 OPTIONS = {**steps.OPTIONS, "beams": 2, "clip_weight": 0.9}
+NOUNS = ("pairs", "prompts")
 DROPPED = {
     "unfinished": "no answer, or only one, ended within --max-sentences of at most --max-new-tokens",
     "identical": "every answer that ended is the same",

@@ -26,6 +26,7 @@ from aspo.validate import named_column, response_text
 from aspo_kernels import gather_hidden
 
 OPTIONS = dict(seva.OPTIONS)
+NOUNS = ("pairs", "rows")
 DROPPED = {**seva.DROPPED, "identical": "chosen and rejected are the same", "no image": "the row has no image"}
 CHUNK_ELEMENTS = 2**25  # logits held at a time, 128 MiB of fp32
 

@@ -31,6 +31,7 @@ from aspo.world.language import judge as judge_text
 from aspo.world.scenes import Scene
 
 OPTIONS = {**steps.OPTIONS, "judge": "similarity", "margin": None}
+NOUNS = ("pairs", "prompts")
 DROPPED = {
     "no contrast": "at no step was there both a faithful and a hallucinated sentence",
     "no image": "the prompt has no image",

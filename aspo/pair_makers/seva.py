@@ -24,6 +24,7 @@ OPTIONS = {
     "dtype": "float32",
     "device": None,
 }
+NOUNS = ("pairs", "prompts")
 DROPPED = {
     "identical": "both answers are the same",
     "empty": "an answer is empty",

@@ -6,6 +6,7 @@ from aspo.data import validate_rows
 from aspo.pair_makers import MADE, Load, Made, Make, Options, Row, kept_columns
 
 OPTIONS: dict[str, None] = {}
+NOUNS = ("rows", "pairs")
 DROPPED: dict[str, str] = {}
 
 
@@ -25,5 +26,5 @@ def maker(options: Options, load: Load) -> Make:
 
 def _labelled(row: Row, column: str) -> Row:
     kept = kept_columns(row) | ({"unfinished": row["unfinished"]} if row.get("unfinished") is not None else {})
-    images = {"images": row["rejected_images"]} if column == "rejected" and row.get("rejected_images") else {}
-    return {**kept, **images, "id": f"{row['id']}-{column}", "completion": row[column], "label": column == "chosen"}
+    own = {"images": row[f"{column}_images"]} if row.get(f"{column}_images") else {}  # read with other images
+    return {**kept, **own, "id": f"{row['id']}-{column}", "completion": row[column], "label": column == "chosen"}
