@@ -13,15 +13,9 @@ from aspo.suite.benchmark import Benchmark, Item, Row, Source, need, read_json
 
 PROMPT = "Please describe this image in detail."
 ANIMALS = "bird|cat|dog|horse|sheep|cow|elephant|bear|zebra|giraffe|animal|cub"
-# The original's rules beside its synonyms: "baby bird" and "passenger jet" name no person, a toilet seat is no chair;
-# two words that make one thing name nothing where that thing is no object ("home plate" is no plate).
-RULES = (
-    (re.compile(rf"\b(?:baby|adult)\s+(?=(?:{ANIMALS})(?:s|es)?\b)"), ""),
-    (re.compile(r"\bpassenger\s+(?=(?:jet|train)s?\b)"), ""),
-    (re.compile(r"\btoilet\s+seat(s?)\b"), r"toilet\1"),
-    (re.compile(r"\bbow\s+tie(s?)\b"), r"tie\1"),
-)
-ONE_THING = re.compile(r"\b(home plate|stove top oven|baseball glove|hair drier|potted plant|suit case)s?\b")
+# The original's rules beside its synonyms, where they change anything: "baby bird" and "passenger jet" name no person,
+# and where a toilet is named a seat is no chair.
+QUALIFIED = re.compile(rf"\b(?:(?:baby|adult)\s+(?=(?:{ANIMALS})(?:s|es)?\b)|passenger\s+(?=(?:jet|train)s?\b))")
 IRREGULAR = {"men": "man", "women": "woman", "children": "child", "knives": "knife", "mice": "mouse", "geese": "goose"}
 IRREGULAR |= {"calves": "calf", "wolves": "wolf", "oxen": "ox", "policemen": "policeman", "gentlemen": "gentleman"}
 _IRREGULAR = re.compile(rf"\b({'|'.join(IRREGULAR)})\b")
@@ -42,13 +36,10 @@ class CocoObjects:
 
     def plain(self, text: str) -> str:
         """The text with the original's rules applied, in lower case, ready for `vocabulary`."""
-        text = " ".join(text.split()).casefold()
         known = self.vocabulary.canonical
-        for pattern, becomes in RULES:
-            text = pattern.sub(becomes, text)
-        text = ONE_THING.sub(lambda m: m[0] if m[1] in known else "", text)
+        text = QUALIFIED.sub("", " ".join(text.split()).casefold())
         text = _IRREGULAR.sub(lambda m: m[0] if m[0] in known else IRREGULAR[m[0]], text)
-        return re.sub(r"\bseats?\b", "", text) if re.search(r"\btoilet\b", text) else text
+        return re.sub(r"\bseats?\b", "", text) if re.search(r"\btoilets?\b", text) else text
 
     def named(self, text: str) -> list[str]:
         """Canonical names of the objects that a text names, in order, repeats kept."""
@@ -61,8 +52,8 @@ def load(source: Source) -> list[Row]:
     True objects are those of the instances and those that the reference captions name, as in the original.
     """
     words = CocoObjects(source.file("synonyms.txt", "data/synonyms.txt").read_text(encoding="utf-8").splitlines())
-    instances_file = source.file("instances_*.json", "annotations/instances_*.json")
-    captions_file = source.file("captions_*.json", "annotations/captions_*.json")
+    instances_file = source.file(*_names("instances"))
+    captions_file = source.file(*_names("captions"))
     instances, captions = _coco(instances_file, "images", "categories"), _coco(captions_file)
     names = {category["id"]: category["name"] for category in instances["categories"]}
     objects: dict[int, set[str]] = {image["id"]: set() for image in instances["images"]}
@@ -84,6 +75,10 @@ def load(source: Source) -> list[Row]:
         for image in instances["images"]
     ]
     return sorted(rows, key=lambda row: hashlib.sha256(row["id"].encode()).digest())
+
+
+def _names(kind: str) -> list[str]:
+    return [f"{folder}{kind}_{part}.json" for part in ("val2014", "*") for folder in ("annotations/", "")]
 
 
 def _coco(path: Path, *parts: str) -> Any:

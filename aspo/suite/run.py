@@ -55,9 +55,8 @@ def select(rows: Sequence[Row], limit: int | None) -> list[Row]:
     chosen = [row for row in rows if _cluster(row) in wanted]
     missing = [path for path in dict.fromkeys(p for row in chosen for p in row["images"]) if not Path(path).is_file()]
     if missing:
-        raise ValueError(
-            f"{len(missing)} images are not there, such as {missing[0]}: name their folder, --suite-images"
-        )
+        others = f" and {len(missing) - 1} others are" if missing[1:] else " is"
+        raise ValueError(f"the image {missing[0]}{others} missing: --suite-images says in which folder they lie")
     return chosen
 
 
@@ -184,7 +183,7 @@ def _ask(
 
 
 def _prompt_key(judge: Judge, prompt: str) -> str:
-    return _hash([prompt, judge.url, judge.model])
+    return _hash([prompt, judge.model])  # not its address: a server that moved is the same judge
 
 
 def _hash(parts: Any) -> str:
