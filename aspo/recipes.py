@@ -1,282 +1,222 @@
-"""Recipes: a system from data to result in one YAML file, and `aspo run`, which runs one.
-
-    name: MISP-DPO
-    about: one line on what it is
-    source: arXiv 2509.25717
-    ours: what in this file is our choice
-    model: llava-hf/llava-1.5-7b-hf      # default of --model
-    data:                                # commands in order; each reads the folder that the one before it wrote
-      - pairs: {noise-step: 500}         # the command's flags; `aspo run` gives --model, --data, --out and --seed
-      - score: {scorer: "open_clip:ViT-L-14-336/openai"}
-    train: {loss_type: aspo, beta: 0.1}  # fields of AspoConfig; or `online:`, flags of `aspo online`
-    iterations: 3                        # data and train again from the model of the iteration before (default 1)
-    vary: {train.alpha: [0, 0.5, 1]}     # variants for `aspo compare`; a list of {as, setting...} names each one
-
-Everything is checked before the first step runs. docs/recipes.md has the whole format.
-"""
+"""`aspo run`: a recipe's data steps, then its training, each kept under a key of all that decides what comes out."""
 
 from __future__ import annotations
 
 import argparse
-import copy
-import dataclasses
-import difflib
-import importlib
-import itertools
+import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from aspo import cli
+from aspo.folder import ROWS_FILE
+from aspo.recipe import (
+    Recipe,
+    arguments,
+    changed,
+    check_recipe,
+    command_parser,
+    expand,
+    load_recipe,
+    parse_settings,
+)
+from aspo.resume import write_json
 
-DATA_COMMANDS = ("pairs", "score", "negatives", "rewards", "controls")
-FINAL_COMMANDS = ("train", "online")
-MANAGED = {"data", "out"}  # flags that a step cannot set: where it reads and writes
-TRAIN_MANAGED = ("model_name_or_path", "train_data", "output_dir", "resume_from_checkpoint")
-TEXTS = ("name", "about", "source", "ours", "model")
-KEYS = (*TEXTS, "data", *FINAL_COMMANDS, "iterations", "vary", "test")
-TEST_KEYS = ("noise-step",)
+HASHED_BYTES = 256 * 2**20  # files up to this size are known by their content, larger ones by size and time
+DONE = ".done.json"  # beside a step's folder, once its command has ended
 
 
 @dataclass(frozen=True)
-class Step:
-    """One data command and its flags (without dashes)."""
+class Planned:
+    """A data step with everything settled: what is run, where its rows will lie, and the key of their content."""
 
-    command: str
-    options: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A parsed recipe. `final`: what makes the model; `test`: what `aspo compare` does to the rows it evaluates on."""
-
-    name: str
-    path: Path
-    data: tuple[Step, ...]
-    final: Step
-    model: str | None = None
-    about: str = ""
-    source: str = ""
-    ours: str = ""
-    iterations: int = 1
-    test: dict[str, Any] = field(default_factory=dict)
-    vary: Any = None
+    line: list[str]
+    folder: Path
+    key: str
 
     @property
-    def steps(self) -> tuple[Step, ...]:
-        """Data steps, then the final one."""
-        return *self.data, self.final
+    def marker(self) -> Path:
+        return self.folder.with_name(self.folder.name + DONE)
+
+    @property
+    def done(self) -> bool:
+        return self.marker.is_file()
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read a recipe's form; `check_recipe` checks its flags and fields. Raises ValueError naming what is wrong."""
-    path = Path(path)
+class StepFailed(Exception):
+    """A command of a recipe ended with a status other than 0; it has said why."""
+
+    def __init__(self, line: Sequence[str], status: int) -> None:
+        super().__init__(f"aspo {shlex.join(line)}: ended with status {status}")
+        self.status = status
+
+
+def key_of(*parts: Any) -> str:
+    """A short hash of JSON-able values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def source_key(source: str) -> str:
+    """The key of rows or of a model by its place: of what the files there hold; any other name stands for itself."""
+    path = Path(source)
+    if source == "world":
+        from aspo.world import assets_dir
+
+        path = assets_dir() / "vlm"
+    if path.is_dir() and (path / ROWS_FILE).is_file():
+        path = path / ROWS_FILE  # images are named by their content there
+    if not path.exists():
+        return source
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return key_of([[file.name, _file_key(file)] for file in files])
+
+
+def _file_key(file: Path) -> str:
+    status = file.stat()
+    if status.st_size > HASHED_BYTES:
+        return f"{status.st_size}-{status.st_mtime_ns}"
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def data_plan(recipe: Recipe, model: str, model_key: str, data: str, cache: Path, seed: int) -> list[Planned]:
+    """The recipe's data steps. A folder in `cache` is named by its step's key, a hash of all that is before it too."""
+    plan: list[Planned] = []
+    key, source = source_key(data), data
+    for step in recipe.data:
+        known = command_parser(step.command)._option_string_actions
+        chain = [model_key if "--model" in known else None, seed if "--seed" in known else None]
+        options = {name: source_key(v) if isinstance(v, str) else v for name, v in step.options.items()}  # files too
+        key = key_of(step.command, options, *chain, key)
+        folder = cache / f"{step.command}-{key}"
+        plan.append(Planned(arguments(step, model, source, folder, seed, data), folder, key))
+        source = str(folder)
+    return plan
+
+
+def run_planned(planned: Planned) -> None:
+    """Run a data step unless it is done. One that was stopped goes on: its command does that itself."""
+    if planned.done:
+        return
+    start = time.perf_counter()
+    status = cli.main(planned.line)
+    if status:
+        raise StepFailed(planned.line, status)
+    seconds = round(time.perf_counter() - start, 1)
+    write_json(planned.marker, {"command": shlex.join(["aspo", *planned.line]), "key": planned.key, "seconds": seconds})
+
+
+def run_recipe(recipe: Recipe, model: str, data: str, out: Path, cache: Path, seed: int) -> Path:
+    """Run everything, one line each; returns the folder of the result. Raises StepFailed."""
+    model_key = source_key(model)
+    total = recipe.iterations * len(recipe.steps)
+    number = 0
+
+    def announce(line: Sequence[str], done: bool = False) -> None:
+        nonlocal number
+        number += 1
+        print(f"[{number}/{total}] $ aspo {shlex.join(line)}" + ("  (done before)" if done else ""), flush=True)
+
+    for iteration in range(1, recipe.iterations + 1):
+        last = iteration == recipe.iterations
+        folder = out / "model" if last else out / f"iteration-{iteration}"
+        rows, rows_key = data, source_key(data)
+        for planned in data_plan(recipe, model, model_key, data, cache, seed):
+            announce(planned.line, planned.done)
+            run_planned(planned)
+            rows, rows_key = str(planned.folder), planned.key
+        line = arguments(recipe.final, model, rows, folder, seed, data)
+        announce(line)
+        status = cli.main(line)
+        if status:
+            raise StepFailed(line, status)
+        if not last:
+            model_key = key_of(recipe.final.command, recipe.final.options, seed, model_key, rows_key)
+            model = str(merged(model, folder))
+    return folder
+
+
+def merged(base: str, trained: Path) -> Path:
+    """A folder with the whole model that `trained` holds: itself, or where it is an adapter, its sum with `base`."""
+    from aspo.model import ADAPTER_CONFIG, load_model
+
+    if not (trained / ADAPTER_CONFIG).is_file():
+        return trained
+    target = trained / "merged"
+    if not (target / "config.json").is_file():
+        model, processor = load_model(str(trained), "auto", base=base)
+        partial = trained / "merged.part"
+        model.merge_and_unload().save_pretrained(partial)  # type: ignore[operator]
+        processor.save_pretrained(partial)
+        partial.rename(target)
+    return target
+
+
+DESCRIPTION = """Run a recipe: its data steps, then its training.
+
+  aspo run recipes/dpo.yaml --data llava_instruct_150k.json --out runs/dpo
+  aspo run recipes/world/aspo.yaml --model world --data world:train --out runs/aspo --set train.max_steps=20
+
+A recipe is a YAML file (docs/recipes.md). All of it is checked before the first step. What a data step makes is kept in
+--cache under a key of its command, its flags and everything before it: the same command run again goes on where it was
+stopped, and recipes with the same first steps can share a cache. The result is in OUT/model."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `aspo run`."""
+    parser.description = DESCRIPTION
+    add = parser.add_argument
+    add("recipe", type=Path, help="the recipe's file")
+    add("--model", help="folder or hub name of the start model; world = the embedded one (default: the recipe's)")
+    add("--data", required=True, help="rows that the first step reads: prompts, or preference rows for training alone")
+    add("--out", required=True, type=Path, help="folder for everything it makes")
+    add("--cache", type=Path, help="folder of the data steps' results (default: OUT/data)")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting: COMMAND.FLAG=VALUE; repeatable",
+    )
+    add("--variant", help="which of the variants, where the recipe has `vary`")
+    add("--seed", type=int, default=0, help="--seed of every step that has one and does not set it (default: 0)")
+    add("--check", action="store_true", help="check the recipe and show its commands, but run nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`aspo run`; returns 0, or the status of the command that failed."""
+    recipe = changed(_variant(load_recipe(args.recipe), args.variant), parse_settings(args.set))
+    model = args.model or recipe.model
+    if model is None:
+        raise ValueError(f"{args.recipe} names no model: give --model")
+    check_recipe(recipe)
+    cache = args.cache or args.out / "data"
+    if args.check:
+        plan = [p.line for p in data_plan(recipe, model, source_key(model), args.data, cache, args.seed)]
+        rows = plan[-1][plan[-1].index("--out") + 1] if plan else args.data
+        for line in [*plan, arguments(recipe.final, model, rows, args.out / "model", args.seed, args.data)]:
+            print(f"$ aspo {shlex.join(line)}")
+        return 0
+    write_json(args.out / "recipe.json", {**asdict(recipe), "model": model, "rows": args.data, "seed": args.seed})
     try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
-    if not isinstance(read, Mapping):
-        raise ValueError(f"{path} must hold `key: value` lines, not a {type(read).__name__}")
-    for key in read:
-        require_known(key, KEYS, f"{path}: unknown key")
-    for key in TEXTS:
-        if key in read and not (isinstance(read[key], str) and read[key].strip()):
-            raise ValueError(f"{path}: {key} is {read[key]!r}; it must be a text")
-    if "name" not in read:
-        raise ValueError(f"{path}: it has no name")
-    finals = [key for key in FINAL_COMMANDS if key in read]
-    if len(finals) != 1:
-        raise ValueError(f"{path}: it has {' and '.join(finals) or 'neither'}; give one of train and online")
-    iterations = read.get("iterations", 1)
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"{path}: iterations is {iterations!r}; it must be a number from 1")
-    if iterations > 1 and not read.get("data"):
-        raise ValueError(f"{path}: iterations is {iterations}, but there are no data steps to repeat")
-    test = _options(path, "test", read.get("test"))
-    for key in test:
-        require_known(key, TEST_KEYS, f"{path}: test: unknown key")
-    recipe = Recipe(
-        **{key: read[key] for key in TEXTS if key in read},
-        path=path,
-        data=tuple(_step(path, number, entry) for number, entry in enumerate(read.get("data") or (), start=1)),
-        final=Step(finals[0], _options(path, finals[0], read[finals[0]])),
-        iterations=iterations,
-        test=test,
-        vary=read.get("vary"),
-    )
-    expand(recipe)  # refuses a bad `vary`
-    return recipe
+        folder = run_recipe(recipe, model, args.data, args.out, cache, args.seed)
+    except StepFailed as failed:
+        print(failed, file=sys.stderr)
+        return failed.status
+    print(f"{recipe.name}: done, in {folder}")
+    return 0
 
 
-def require_known(name: Any, known: Iterable[str], what: str) -> None:
-    """ValueError "<what> 'name'; did you mean ...?" where `name` is none of `known`."""
-    known = list(known)
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1)
-        raise ValueError(
-            f"{what} {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
-        )
-
-
-def _options(path: Path, where: str, options: Any) -> dict[str, Any]:
-    if options is None:
-        return {}
-    if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
-        raise ValueError(f"{path}: {where} is {options!r}; it must be a mapping of options to values")
-    return dict(options)
-
-
-def _step(path: Path, number: int, entry: Any) -> Step:
-    if isinstance(entry, str):
-        entry = {entry: None}
-    if not isinstance(entry, Mapping) or len(entry) != 1:
-        raise ValueError(f"{path}: data step {number} is {entry!r}; it must be one `command: {{flag: value}}`")
-    ((command, options),) = entry.items()
-    require_known(command, DATA_COMMANDS, f"{path}: data step {number}: unknown command")
-    return Step(command, _options(path, f"data step {number} ({command})", options))
-
-
-# ---- changing a recipe ----
-
-
-def changed(recipe: Recipe, settings: Mapping[str, Any], name: str | None = None) -> Recipe:
-    """The recipe with other settings: `COMMAND.FLAG` (of every such step) or `train.FIELD[.KEY]`; None drops it.
-
-    Raises ValueError for a command that the recipe does not have.
-    """
-    steps = [Step(step.command, copy.deepcopy(step.options)) for step in recipe.steps]
-    for setting, value in settings.items():
-        command, _, rest = setting.partition(".")
-        found = [step for step in steps if step.command == command]
-        if not rest or not found:
-            commands = ", ".join(dict.fromkeys(step.command for step in steps))
-            raise ValueError(
-                f"{recipe.path}: setting {setting!r} is none of this recipe's; write COMMAND.FLAG, commands: {commands}"
-            )
-        for step in found:
-            *outer, last = rest.split(".")
-            options = step.options
-            for key in outer:
-                options = options.setdefault(key, {})
-            if value is None:
-                options.pop(last, None)
-            else:
-                options[last] = value
-    return dataclasses.replace(recipe, data=tuple(steps[:-1]), final=steps[-1], name=name or recipe.name)
-
-
-def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
-    """["train.max_steps=2"] -> {"train.max_steps": 2}; values are read as YAML."""
-    settings = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise ValueError(f"--set {text!r} is not key=value, such as train.max_steps=2")
-        settings[key] = yaml.safe_load(value)
-    return settings
-
-
-def expand(recipe: Recipe) -> list[Recipe]:
-    """The variants of a recipe with `vary`, named `name [setting=value]`, or the recipe itself."""
-    vary = recipe.vary
-    if vary is None:
-        return [recipe]
-    recipe = dataclasses.replace(recipe, vary=None)
-    if isinstance(vary, Mapping) and vary and all(isinstance(values, list) and values for values in vary.values()):
-        made = []
-        for values in itertools.product(*vary.values()):
-            settings = dict(zip(vary, values, strict=True))
-            label = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
-            made.append(changed(recipe, settings, f"{recipe.name} [{label}]"))
-        return made
-    if isinstance(vary, list) and vary and all(isinstance(v, Mapping) and isinstance(v.get("as"), str) for v in vary):
-        if len({variant["as"] for variant in vary}) != len(vary):
-            raise ValueError(f"{recipe.path}: two variants of `vary` have the same name")
-        return [
-            changed(recipe, {k: v for k, v in variant.items() if k != "as"}, f"{recipe.name} [{variant['as']}]")
-            for variant in vary
-        ]
-    raise ValueError(
-        f"{recipe.path}: vary is {vary!r}; write {{setting: [values]}} for a grid, or a list of "
-        "{as: name, setting: value}"
-    )
-
-
-# ---- checking, and command lines ----
-
-
-class _Strict(cli.Parser):
-    def error(self, message: str):  # type: ignore[no-untyped-def]
-        raise ValueError(message)
-
-
-def command_parser(command: str) -> cli.Parser:
-    """The parser of an `aspo` command, which raises ValueError instead of leaving the program."""
-    require_known(command, cli.COMMANDS, "unknown command")
-    parser = _Strict(prog=f"aspo {command}", exit_on_error=False)
-    importlib.import_module(cli.COMMANDS[command][0]).add_arguments(parser)
-    return parser
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """Parse every step as its command would. Raises ValueError for an unknown or missing flag or field, a bad value."""
-    for number, step in enumerate(recipe.steps, start=1):
-        where = f"{recipe.path}: {step.command}"
-        if step is not recipe.final:
-            where = f"{recipe.path}: data step {number} ({step.command})"
-        try:
-            if step.command == "train":
-                check_train(step.options)
-            else:
-                _check_flags(step)
-        except argparse.ArgumentError as error:
-            raise ValueError(f"{where}: {error}") from None
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-
-
-def _check_flags(step: Step) -> None:
-    parser = command_parser(step.command)
-    flags = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
-    for name in step.options:
-        if name in MANAGED:
-            raise ValueError(f"--{name} is set by `aspo run`: leave it out")
-        require_known(name, [flag for flag in flags if flag not in MANAGED], "unknown flag")
-    parser.parse_args(arguments(step, "model", "data", Path("out"), 0)[1:])
-
-
-def check_train(options: Mapping[str, Any]) -> None:
-    """Build the AspoConfig of `train` options. Raises ValueError for an unknown field, or a bad value."""
-    from aspo.config import AspoConfig
-    from aspo.train import parse_config
-
-    fields = [option.name for option in dataclasses.fields(AspoConfig) if option.init]
-    for name in options:
-        if name in TRAIN_MANAGED:
-            raise ValueError(f"{name} is set by `aspo run`: leave it out")
-        require_known(name, fields, "unknown field")
-    step = Step("train", dict(options))
-    parse_config(command_parser("train").parse_args(arguments(step, "model", "data", Path("out"), 0)[1:]))
-
-
-def arguments(step: Step, model: str, data: str, out: Path, seed: int) -> list[str]:
-    """The step's `aspo` command line. --model and --seed are given where the command has them and the step does not."""
-    options = dict(step.options)
-    if step.command == "train":
-        from aspo.train import as_flags
-
-        own = {"model_name_or_path": model, "train_data": data, "output_dir": str(out)}
-        return ["train", *as_flags({"seed": seed, **options, **own})]
-    known = command_parser(step.command)._option_string_actions
-    given = {name: value for name, value in (("model", model), ("seed", seed)) if f"--{name}" in known}
-    line = [step.command]
-    for name, value in {**given, **options, "data": data, "out": str(out)}.items():
-        if value is None or value is False:
-            continue
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        line += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
-    return line
+def _variant(recipe: Recipe, wanted: str | None) -> Recipe:
+    variants = {variant.name.removeprefix(recipe.name).strip(" []"): variant for variant in expand(recipe)}
+    if recipe.vary is None:
+        if wanted is not None:
+            raise ValueError(f"{recipe.path} has no variants: drop --variant {wanted!r}")
+        return recipe
+    if wanted not in variants:
+        raise ValueError(f"{recipe.path} has variants: give --variant, one of {', '.join(map(repr, variants))}")
+    return variants[wanted]
