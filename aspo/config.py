@@ -93,6 +93,13 @@ class AspoConfig(ObjectiveOptions, TrainingArguments):
         default=None,
         metadata={"help": "Batches of as many pairs as fit into this many tokens, instead of a fixed number of pairs."},
     )
+    forward_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "At most so many tokens in one forward pass: what a pair has more (many negative images, long "
+            "answers) is run in parts, and each again in the backward; the gradient is the same."
+        },
+    )
     reference_cache: str | None = field(
         default=None,
         metadata={"help": "Where they are kept; `aspo reference` fills it ahead. Default: output_dir/reference."},
@@ -186,6 +193,8 @@ class AspoConfig(ObjectiveOptions, TrainingArguments):
         self.check_choices()
         if self.token_budget is not None and self.token_budget < 1:
             raise ValueError(f"token_budget is {self.token_budget}; it must be positive, or null for a number of pairs")
+        if self.forward_tokens is not None and self.forward_tokens < 1:
+            raise ValueError(f"forward_tokens is {self.forward_tokens}; it must be positive, or null for no limit")
         if self.reference_cache is not None and not self.precompute_ref_log_probs:
             raise ValueError("reference_cache is given, but precompute_ref_log_probs is off: turn it on, or drop it")
         if self.max_length is not None and self.max_length < 1:

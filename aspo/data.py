@@ -10,8 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from aspo.columns import KL_COLUMN, PAIRED, columns_of, with_others_responses
 from aspo.folder import append_row, load_images, row_name, write_rows
-from aspo.grid import NOT_COUNTED, GridItem, Response, grid_inputs, in_layout_order, place, tree_layout
+from aspo.grid import Grid, GridItem, Response, grid_inputs, in_layout_order, in_parts, place, tree_layout
+from aspo.lengths import Length, consecutive_parts, reading_widths
 from aspo.logp_cache import logp_columns
 from aspo.prompts import (
     Prompt,
@@ -22,7 +24,7 @@ from aspo.prompts import (
     named,
     tokenizer_of,
 )
-from aspo.readings import Reader, Row
+from aspo.readings import Reader, Reading, Row
 from aspo.rows import load_rows
 from aspo.sentences import Splitter, split_sentences
 from aspo.validate import response_text, validate_rows
@@ -30,10 +32,6 @@ from aspo.validate import response_text, validate_rows
 # token_type_ids of a response's tokens, where they are not 0 (text). PaliGemma lets the tokens of type 0 see each other
 # both ways, so that its responses must be of type 1: they would see their own future.
 RESPONSE_TYPES = {"PaliGemmaProcessor": 1}
-
-
-PAIRED, KL_COLUMN = ("chosen", "rejected"), "kl_completion"
-UNPAIRED = ("completion", KL_COLUMN)  # the responses of unpaired rows: the row's own, and another row's
 
 
 class ReferenceLogps(Protocol):
@@ -56,6 +54,8 @@ class Collator(Reader):
         min_saving: a batch that would have less than this many times the tokens without sharing is left plain: a short
             prompt before long responses saves little, and costs what sharing costs.
         padding_free: everything in one row, without padding.
+        forward_tokens: at most so many tokens (padding counted) in one grid: a batch of more becomes several, which
+            `aspo.forward` runs one after the other and again in the backward, holding the activations of one.
         reference: cached log-probabilities of the reference; else the columns ref_chosen_logps, ref_rejected_logps.
 
     A row's `rejected_images` are what its rejected response is read with, instead of its images. Each of its
@@ -64,6 +64,7 @@ class Collator(Reader):
     Returns (from a call on a list of rows) a dict:
         model_inputs: dict of tensors: input_ids and attention_mask (R, T), 1 = token, and everything else the
             processor made: tensors with one entry a token (R, T), those of images in the order of the grid's items.
+        parts, part_order: only of a batch in several grids (`aspo.grid.in_parts`), whose first one has the other names.
         tree: TokenTree, what lies where. Plain (neither shared nor padding-free): chosen rows, then rejected rows.
         layout: SentenceLayout on the CPU, responses by role and then by row; its hidden_index points into the grid.
         distinct: Distinct, or None where no two counted tokens are the same prediction.
@@ -80,53 +81,77 @@ class Collator(Reader):
         processor: Any,
         max_length: int | None = None,
         splitter: Splitter = split_sentences,
-        responses: Sequence[str] = ("chosen", "rejected"),
+        responses: Sequence[str] = PAIRED,
         *,
         shared_prefix: bool = False,
         min_saving: float = 1.0,
         padding_free: bool = False,
+        forward_tokens: int | None = None,
         reference: ReferenceLogps | None = None,
     ) -> None:
         super().__init__(processor, max_length, splitter, responses)
         self.shared_prefix, self.min_saving = shared_prefix, min_saving
-        self.padding_free, self.reference = padding_free, reference
+        self.padding_free, self.forward_tokens, self.reference = padding_free, forward_tokens, reference
+
+    def reading_lengths(self, row: Row) -> tuple[Length, ...]:
+        """`Reader.reading_lengths`; another row's completion is taken to be as long as the row's own."""
+        return super().reading_lengths({**row, KL_COLUMN: row["completion"]} if KL_COLUMN in self.responses else row)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         if KL_COLUMN in self.responses:
-            rows = _with_others_responses(rows)
+            rows = with_others_responses(rows)
         readings = [reading for group, row in enumerate(rows) for reading in named(row, self.readings, group, row)]
         together = all(len(reading.responses) == len(self.responses) for reading in readings)
+        together &= self.shared_prefix or self.forward_tokens is None
         if not (self.shared_prefix or together):  # each response with the images that it is read with
             readings = [r._replace(responses=(answer,)) for r in readings for answer in r.responses]
             readings.sort(key=lambda reading: (reading.responses[0][0], reading.group))
+        grids = [self._grid(part, together) for part in self._parts(readings)]
+        items = [item for grid in grids for item in grid.items]
+        end = end_of_turn(self.processor, readings[0].prompt)[-1]
+        layout, distinct = tree_layout([(grid.tree, grid.items) for grid in grids], end)
+        whole: dict[str, Any] = {"model_inputs": grids[0].model_inputs, "tree": grids[0].tree}
+        if len(grids) > 1:
+            whole["parts"], whole["part_order"] = in_parts(grids, layout, distinct)
+        answers = [response for response, _, _ in in_layout_order(items)]
+        return {
+            **whole,
+            "layout": layout,
+            "distinct": distinct,
+            **columns_of(rows, answers, self.responses),
+            "ref_logps": self._reference_logps(rows, answers),
+            "ids": [str(row.get("id", "")) for row in rows],
+        }
+
+    def _parts(self, readings: Sequence[Reading]) -> list[Sequence[Reading]]:
+        """The readings as consecutive parts of at most `forward_tokens` tokens, padding counted."""
+        if self.forward_tokens is None:
+            return [readings]
+        shapes = []
+        for reading in readings:
+            sizes = [(image.height, image.width) for image in reading.images]
+            widths = reading_widths([self._length(reading._replace(images=sizes))], self.shared_prefix)
+            if sum(widths) > self.forward_tokens:
+                raise ValueError(
+                    f"{row_name(reading.row)}: its prompt and responses take {sum(widths)} tokens in one piece, above "
+                    f"forward_tokens {self.forward_tokens}: raise it, or lower max_length"
+                )
+            shapes.append(widths)
+        return [readings[cut] for cut in consecutive_parts(shapes, self.forward_tokens, self.padding_free)]
+
+    def _grid(self, readings: Sequence[Reading], together: bool) -> Grid:
+        """One grid of tokens; together: the responses of a prompt are read behind the same images."""
         prompt_inputs = self.process(readings)
         items = [self.item(source, reading, prompt_inputs) for source, reading in enumerate(readings)]
         copies = 1
-        if together and not (self.shared_prefix and self._saves(items)):
+        if together and not (self.shared_prefix and (self.forward_tokens is not None or self._saves(items))):
             copies = len(self.responses)  # of each prompt and its images, processed once
             items = [item._replace(responses=item.responses[k : k + 1]) for k in range(copies) for item in items]
         tree = place(items, self.padding_free)
         aligned, other = _token_aligned(self.processor, prompt_inputs)
         model_inputs = grid_inputs(tree, items, prompt_inputs, aligned, tokenizer_of(self.processor).pad_token_id)
         model_inputs |= {name: torch.cat([value] * copies) for name, value in other.items()}
-        layout, distinct = tree_layout(tree, items, end_of_turn(self.processor, readings[0].prompt)[-1])
-        answers = [response for response, _, _ in in_layout_order(items)]
-        of_role = {role: [r for r in answers if r.role == role] for role in (0, 1)}
-        return {
-            "model_inputs": model_inputs,
-            "tree": tree,
-            "layout": layout,
-            "distinct": distinct,
-            "similarity": _all_or_none(rows, "similarity", [r.similarity for r in of_role[0]]),
-            "rejected_similarity": _rejected_similarity(rows, answers, of_role[1]),
-            "sentence_weights": _sentence_weights(rows, answers, of_role[0]),
-            "token_scores": _token_scores(rows, answers, self.responses),
-            "negative_log_q": _negative_log_q(rows, answers, len(self.responses)),
-            "desirable": _labels(rows),
-            "ref_logps": self._reference_logps(rows, items),
-            "sample_weight": _sample_weights(rows),
-            "ids": [str(row.get("id", "")) for row in rows],
-        }
+        return Grid(items, tree, model_inputs)
 
     def _saves(self, items: Sequence[GridItem]) -> bool:
         tree = place(items, self.padding_free)
@@ -137,12 +162,11 @@ class Collator(Reader):
         """Whether its batches need more than a causal model's own mask and positions."""
         return self.shared_prefix or self.padding_free
 
-    def _reference_logps(self, rows: Sequence[Row], items: Sequence[GridItem]) -> Tensor | None:
+    def _reference_logps(self, rows: Sequence[Row], answers: Sequence[Response]) -> Tensor | None:
         """(N,) the rows' cached reference log-probabilities in the layout's order, or None."""
         cached = [named(row, self._cached, row) for row in rows]
         if all(values is None for values in cached):
             return None
-        answers = [response for response, _, _ in in_layout_order(items)]
         parts = []
         for response in answers:
             row, values = rows[response.group], cached[response.group]
@@ -193,91 +217,6 @@ def _token_aligned(
         else:
             other[name] = value
     return aligned, other
-
-
-def _all_or_none(rows: Sequence[Row], name: str, values: Sequence[list[float] | None]) -> Tensor | None:
-    """The values of one response a row, joined; None where no row has any."""
-    if all(value is None for value in values):
-        return None
-    for row, value in zip(rows, values, strict=True):
-        if value is None:
-            raise ValueError(f"{row_name(row)}: no chosen_{name}, but other rows have it: give it to every row")
-    return torch.tensor([x for value in values for x in value or ()], dtype=torch.float32)
-
-
-# --- what the rows bring for some objectives; Response by Response in the layout's order ---
-
-
-def _num_sentences(response: Response) -> int:
-    return len(set(response.sentences) - {NOT_COUNTED})
-
-
-def _rejected_similarity(
-    rows: Sequence[Row], answers: Sequence[Response], rejected: Sequence[Response]
-) -> Tensor | None:
-    """(S,), 0 at sentences that are not of a rejected response."""
-    if all(response.similarity is None for response in rejected):
-        return None
-    for response in rejected:
-        if response.similarity is None:
-            raise ValueError(f"{row_name(rows[response.group])}: no rejected_similarity, but other rows have it")
-    values = [(r.similarity if r.role == 1 else None) or [0.0] * _num_sentences(r) for r in answers]
-    return torch.tensor([x for value in values for x in value], dtype=torch.float32)
-
-
-def _sentence_weights(rows: Sequence[Row], answers: Sequence[Response], chosen: Sequence[Response]) -> Tensor | None:
-    """(S,), 0 at the sentences of responses that come without."""
-    if _all_or_none(rows, "sentence_weights", [response.weights for response in chosen]) is None:
-        return None
-    return torch.tensor([x for r in answers for x in r.weights or [0.0] * _num_sentences(r)], dtype=torch.float32)
-
-
-def _token_scores(rows: Sequence[Row], answers: Sequence[Response], columns: Sequence[str]) -> Tensor | None:
-    """(N,), 0 at tokens without a score; None where no row has the columns."""
-    if not any(f"{column}_token_scores" in row for row in rows for column in columns):
-        return None
-    values = []
-    for response in answers:
-        scores = response.scores or [0.0] * len(response.ids)
-        values += [v for v, sentence in zip(scores, response.sentences, strict=True) if sentence != NOT_COUNTED]
-    return torch.tensor(values, dtype=torch.float32)
-
-
-def _negative_log_q(rows: Sequence[Row], answers: Sequence[Response], first_role: int) -> Tensor | None:
-    """(R,), 0 at responses of the row's own images."""
-    if all(row.get("negative_log_q") is None for row in rows):
-        return None
-    values = []
-    for response in answers:
-        given: Sequence[float] = rows[response.group].get("negative_log_q") or ()
-        place = response.role - first_role
-        if place >= len(given):
-            raise ValueError(
-                f"{row_name(rows[response.group])}: negative_log_q has no value for its negative image {place}: draw "
-                "the negatives again (`aspo negatives`), or drop the column"
-            )
-        values.append(float(given[place]) if place >= 0 else 0.0)
-    return torch.tensor(values, dtype=torch.float32)
-
-
-def _labels(rows: Sequence[Row]) -> Tensor | None:
-    """(B,) bool of unpaired rows."""
-    labels = [row.get("label") for row in rows]
-    return None if all(label is None for label in labels) else torch.tensor([bool(label) for label in labels])
-
-
-def _with_others_responses(rows: Sequence[Row]) -> list[Row]:
-    """Each row with the completion of the row before it, from which KTO estimates the divergence."""
-    if len(rows) < 2:
-        raise ValueError("kto compares each response with one to another prompt: it needs two rows in a forward pass")
-    return [{**row, KL_COLUMN: rows[n - 1]["completion"]} for n, row in enumerate(rows)]
-
-
-def _sample_weights(rows: Sequence[Row]) -> Tensor | None:
-    weights = [row.get("sample_weight") for row in rows]
-    if all(weight is None for weight in weights):
-        return None
-    return torch.tensor([1.0 if weight is None else weight for weight in weights], dtype=torch.float32)
 
 
 __all__ = [

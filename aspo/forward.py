@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from aspo.attention import tree_attention_inputs
 from aspo.grid import Distinct
@@ -70,14 +71,14 @@ class PairForward:
         """
         layout, distinct = batch["layout"], batch.get("distinct")
         distinct = None if distinct is None else distinct.to(layout.targets.device)
-        inputs = self._inputs(self.policy, batch)
+        inputs = self._inputs(self.policy, batch) if "parts" not in batch else {}
         ref_logps = batch.get("ref_logps") if with_reference else None
-        with self.vision.step() if self.vision is not None else nullcontext():
+        vision = self._vision(batch)
+        with nullcontext() if vision is None else vision.step():
             ref_rows = None
             if with_reference and ref_logps is None:
-                of_reference = inputs if self.ref_model is None else self._inputs(self.ref_model, batch)
-                ref_rows = self._reference_rows(of_reference, layout, distinct)
-            rows = counted_rows(trunk_hidden(self.policy, inputs), layout, distinct)
+                ref_rows = self._reference_rows(inputs, batch, layout, distinct)
+            rows = self._rows(self.policy, inputs, batch, layout, distinct)
         head = output_head(self.policy)
         sharp = None
         if "sharp_logps" in reads:
@@ -122,10 +123,43 @@ class PairForward:
         inputs, tree = batch["model_inputs"], batch.get("tree")
         return inputs if tree is None else tree_inputs(model, inputs, tree, self.route)
 
-    def _reference_rows(self, inputs: Mapping[str, Any], layout: SentenceLayout, distinct: Distinct | None) -> Tensor:
+    def _vision(self, batch: Mapping[str, Any]) -> VisionFeatures | None:
+        """What remembers image features; nothing where a tower trains and parts would share its graph."""
+        return None if self.vision is None or ("parts" in batch and self.vision.trains) else self.vision
+
+    def _reference_rows(
+        self, inputs: Mapping[str, Any], batch: Mapping[str, Any], layout: SentenceLayout, distinct: Distinct | None
+    ) -> Tensor:
         model: Any = self.policy if self.ref_model is None else self.ref_model
+        if self.ref_model is not None and "parts" not in batch:
+            inputs = self._inputs(self.ref_model, batch)
         with inference(model), model.disable_adapter() if self.ref_model is None else nullcontext():
+            return self._rows(model, inputs, batch, layout, distinct)
+
+    def _rows(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        batch: Mapping[str, Any],
+        layout: SentenceLayout,
+        distinct: Distinct | None,
+    ) -> Tensor:
+        """`counted_rows` of a model; a batch in parts is run part by part, and again in the backward.
+
+        What is held between is the counted hidden states, so that the most a step needs is set by one part.
+        """
+        if "parts" not in batch:
             return counted_rows(trunk_hidden(model, inputs), layout, distinct)
+
+        vision = self._vision(batch)
+
+        def run(part: Mapping[str, Any]) -> Tensor:
+            with nullcontext() if vision is None else vision.again():
+                return trunk_hidden(model, self._inputs(model, part)).flatten(0, 1)[part["index"]]
+
+        again = torch.is_grad_enabled()
+        found = [checkpoint(run, part, use_reentrant=False) if again else run(part) for part in batch["parts"]]
+        return torch.cat(found)[batch["part_order"]]
 
 
 def counted_rows(hidden: Tensor, layout: SentenceLayout, distinct: Distinct | None = None) -> Tensor:
@@ -237,6 +271,11 @@ def bidirectional_blocks(model: Any, model_inputs: Mapping[str, Any], tree: Toke
     return torch.where(image, starts.flatten().cumsum(0).view_as(types) - 1, -1)
 
 
+def parts_of(batch: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The grids of a batch: its parts, or the batch itself."""
+    return batch.get("parts", [batch])
+
+
 def objective_inputs(
     batch: Mapping[str, Any], numbers: TokenNumbers, backend: str, pair_tokens: float | None = None
 ) -> objectives.Inputs:
@@ -260,5 +299,7 @@ def mean_pair_tokens(batches: Sequence[Mapping[str, Any]], accelerator: Any) -> 
 
 def batch_to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """A collated batch's model inputs and layout on a device; the rest as it is."""
+    if "parts" in batch:
+        raise ValueError("this batch is in parts: make it with forward_tokens=None")
     inputs = {name: value.to(device) for name, value in batch["model_inputs"].items()}
     return {**batch, "model_inputs": inputs, "layout": batch["layout"].to(device)}

@@ -5,9 +5,10 @@ Axes: R rows and T columns of the grid, N counted tokens, U of them that differ.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,20 +128,53 @@ def in_layout_order(items: Sequence[GridItem]) -> list[tuple[Response, int, int]
     return sorted(answers, key=lambda answer: (answer[0].role, answer[0].group))
 
 
+class Grid(NamedTuple):
+    """Items, where they lie, and a model's inputs for them."""
+
+    items: list[GridItem]
+    tree: TokenTree
+    model_inputs: dict[str, Tensor]
+
+
+def in_parts(
+    grids: Sequence[Grid], layout: SentenceLayout, distinct: Distinct | None
+) -> tuple[list[dict[str, Any]], Tensor]:
+    """Several grids of one layout as `parts`, each with model_inputs, tree and `index`: which of its flattened hidden
+    states predict counted tokens. And the order in which those of all parts, joined, are the layout's (or distinct's).
+    """
+    wanted = layout.hidden_index if distinct is None else layout.hidden_index[distinct.first]
+    parts, taken, start = [], [], 0
+    for grid in grids:
+        end = start + grid.tree.shape[0] * grid.tree.shape[1]
+        mine = torch.nonzero((wanted >= start) & (wanted < end)).flatten()
+        parts.append({"model_inputs": grid.model_inputs, "tree": grid.tree, "index": wanted[mine] - start})
+        taken.append(mine)
+        start = end
+    return parts, torch.cat(taken).argsort()
+
+
 def tree_layout(
-    tree: TokenTree, items: Sequence[GridItem], end_of_turn: int | None
+    grids: Sequence[tuple[TokenTree, Sequence[GridItem]]], end_of_turn: int | None
 ) -> tuple[SentenceLayout, Distinct | None]:
     """The layout of the items' responses, by role and then by group, and which of its tokens are the same prediction.
+
+    Of several grids the hidden states are taken to be flattened one behind the other.
 
     A response's first token behind the prefix is predicted by the prefix's last one, in every branch.
     """
     targets: list[int] = []
     index: list[int] = []
     sentence_offsets, response_offsets = [0], [0]
+    items = [item for _, of_grid in grids for item in of_grid]
+    starts = [0, *itertools.accumulate(tree.shape[0] * tree.shape[1] for tree, _ in grids)]
+    places = [
+        (place, start + place.row * tree.shape[1])
+        for (tree, _), start in zip(grids, starts, strict=False)
+        for place in tree.items
+    ]
     answers = in_layout_order(items)
     for response, at, k in answers:
-        place, item = tree.items[at], items[at]
-        row = place.row * tree.shape[1]
+        (place, row), item = places[at], items[at]
         before = row + place.start + item.prompt - response.inside - 1  # what predicts its first token
         in_prefix = response.inside + place.prefix - item.prompt
         behind = row + place.branch_start(k) - in_prefix - 1
@@ -166,9 +200,9 @@ def tree_layout(
         group=torch.tensor([response.group for response, _, _ in answers], dtype=torch.long),
         role=torch.tensor([response.role for response, _, _ in answers], dtype=torch.long),
         perplexity_mask=without_final_eos(ids, sentences, answers_end, end_of_turn),
-        padded_shape=tree.shape,
+        padded_shape=grids[0][0].shape if len(grids) == 1 else None,
     )
-    shares_start = any(place.prefix > item.prompt for place, item in zip(tree.items, items, strict=True))
+    shares_start = any(place.prefix > item.prompt for (place, _), item in zip(places, items, strict=True))
     return layout, _distinct(layout) if shares_start else None
 
 

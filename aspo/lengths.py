@@ -120,3 +120,26 @@ class PromptLength:
         prompt = encode_prompt(self.processor, "Describe it.", images)  # the same for all: lengths must not depend on
         inputs = run_processor(self.processor, [prompt], [images], padding_side="right")  # which row comes first
         return int(inputs["attention_mask"].sum()) - self._text_tokens(prompt)
+
+
+def reading_widths(lengths: Sequence[Length], shared: bool) -> list[int]:
+    """Tokens of each row of the grid that readings make: a row for each reading (shared), or for each response."""
+    if shared:
+        return [prompt + sum(responses) for prompt, responses in lengths]
+    return [prompt + response for prompt, responses in lengths for response in responses]
+
+
+def consecutive_parts(widths: Sequence[Sequence[int]], most: int, padding_free: bool) -> list[slice]:
+    """Consecutive readings, given by the widths of their grid rows, in parts of at most `most` tokens, padding counted.
+
+    A reading that alone has more is a part of its own.
+    """
+    cuts: list[int] = [0]
+    rows: list[int] = []
+    for n, own in enumerate(widths):
+        grown = [*rows, *own]
+        if rows and (sum(grown) if padding_free else len(grown) * max(grown)) > most:
+            cuts.append(n)
+            grown = [*own]
+        rows = grown
+    return [slice(a, b) for a, b in zip(cuts, [*cuts[1:], len(widths)], strict=True)]

@@ -184,6 +184,8 @@ def _content(row: Row, responses: Sequence[str]) -> bytes:
         content[column] = row[column]
         with contextlib.suppress(ValueError):  # a message that holds more than text stays one
             content[column] = response_text(row[column])
+    if row.get("unfinished"):  # no end-of-turn token then
+        content["unfinished"] = True
     for column in ("images", "negative_images", *(f"{column}_images" for column in responses)):
         if entries := image_entries(row, column):
             content[column] = [_image_hash(entry) for entry in entries]

@@ -26,7 +26,7 @@ def probe() -> objectives.Inputs:
     ids, role = torch.zeros(3, 1, dtype=torch.long), torch.arange(3)
     layout = SentenceLayout.from_labels(ids, ids, group=torch.zeros_like(role), role=role)
     fields: dict[str, Any] = {name: torch.zeros(3) for name in objectives.OPTIONAL if name != "desirable"}
-    fields["desirable"] = torch.ones(1, dtype=torch.bool)
+    fields |= {"desirable": torch.ones(1, dtype=torch.bool), "pair_tokens": None}
     return objectives.Inputs(layout, torch.full((3,), -1.0), similarity=torch.zeros(1), **fields)
 
 

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from aspo.folder import row_name
-from aspo.lengths import Length, row_lengths
+from aspo.lengths import Length, reading_widths, row_lengths
 
 PADDED_WINDOW = 1024  # rows that are sorted by length together: larger ones pad hardly less, and mix rows less
 
@@ -27,19 +27,13 @@ PADDED_WINDOW = 1024  # rows that are sorted by length together: larger ones pad
 
 def row_grid(lengths: Sequence[Length], shared: bool) -> tuple[int, int]:
     """(rows, width) of the padded grid that a row of the data makes alone."""
-    widths = _widths(lengths, shared)
+    widths = reading_widths(lengths, shared)
     return len(widths), max(widths)
 
 
 def row_tokens(lengths: Sequence[Length], shared: bool) -> int:
     """Tokens of a row of the data without padding."""
-    return sum(_widths(lengths, shared))
-
-
-def _widths(lengths: Sequence[Length], shared: bool) -> list[int]:
-    if shared:
-        return [prompt + sum(responses) for prompt, responses in lengths]
-    return [prompt + response for prompt, responses in lengths for response in responses]
+    return sum(reading_widths(lengths, shared))
 
 
 # ---- packing ----

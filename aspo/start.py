@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from aspo.attention import with_route
+from aspo.columns import PAIRED, UNPAIRED
 from aspo.config import AspoConfig
-from aspo.data import PAIRED, UNPAIRED, Collator
+from aspo.data import Collator
 from aspo.exact import check_tree, settle_sharing
 from aspo.folder import image_entries
 from aspo.policy import MERGE
@@ -38,6 +39,8 @@ def autocast_dtype(accelerator: Any) -> torch.dtype | None:
 def first_rows(datasets: Sequence[Any]) -> list[Row]:
     """The rows on which sharing is tried; none where no data set has any."""
     found = next((rows for d in datasets if (rows := list(itertools.islice(d, ROWS_TO_LOOK_AT)))), [])
+    # An alternative's log-probabilities hang on the chosen response by design: no leak.
+    found = [{k: v for k, v in row.items() if k != "chosen_alternative_ids"} for row in found]
     with_image = next((n for n, row in enumerate(found) if image_entries(row)), 0)
     return [*found[with_image : with_image + 1], *found[:with_image], *found[with_image + 1 :]][:ROWS_TO_CHECK]
 
@@ -59,6 +62,22 @@ def check_columns(objective_names: Sequence[str], rows: Any) -> None:
             raise ValueError(f"{name} reads the column {column!r}, which the rows have not: make it with {maker}")
 
 
+def check_unpaired(args: AspoConfig, rows: Any) -> None:
+    """ValueError where a forward pass would hold a single response: KTO compares each with one to another prompt."""
+    size = args.per_device_train_batch_size
+    fix = None
+    if args.precompute_ref_log_probs:
+        fix = "precompute_ref_log_probs keeps a row's own responses only: turn it off"
+    elif args.token_budget is not None:
+        fix = "token_budget may leave one alone: give per_device_train_batch_size instead"
+    elif size < 2 or args.per_device_eval_batch_size < 2:
+        fix = "per_device_train_batch_size and per_device_eval_batch_size must be at least 2"
+    elif rows is not None and hasattr(rows, "__len__") and len(rows) % size == 1 and not args.dataloader_drop_last:
+        fix = f"the last of {len(rows)} rows would be alone: turn dataloader_drop_last on, or drop a row"
+    if fix is not None:
+        raise ValueError(f"kto compares each response with one to another prompt in the same pass; {fix}")
+
+
 def needs_similarity(options: Mapping[str, Any]) -> bool:
     """Whether rows without similarities would change what is trained: ASPO's weights come from them."""
     return options.get("alpha", 0) > 0 and options.get("weights", "computed") == "computed"
@@ -67,6 +86,11 @@ def needs_similarity(options: Mapping[str, Any]) -> bool:
 def response_columns(objective: objectives.Objective) -> tuple[str, ...]:
     """The columns that hold an objective's responses: pairs, or single responses with a label."""
     return UNPAIRED if "desirable" in objective.reads else PAIRED
+
+
+def length_target(objective: objectives.Objective, options: Mapping[str, Any]) -> str | None:
+    """Over what ACPO averages its responses' lengths; None for objectives that do not."""
+    return {**objective.options, **options}.get("target") if "pair_tokens" in objective.reads else None
 
 
 def dataset_pair_tokens(collator: Any, rows: Any) -> float:

@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from aspo.config import AspoConfig
 from aspo.data import Collator
-from aspo.forward import PairForward, mean_pair_tokens, objective_inputs, tree_inputs
+from aspo.forward import PairForward, mean_pair_tokens, objective_inputs, parts_of, tree_inputs
 from aspo.meters import Meters, record
 from aspo.model import base_model, check_head, inference, load_model, output_head
 from aspo.packing import TokenBatches
@@ -30,8 +30,10 @@ from aspo.start import (
     autocast_dtype,
     check_columns,
     check_start,
+    check_unpaired,
     dataset_pair_tokens,
     every_dataset,
+    length_target,
     needs_similarity,
     response_columns,
     settle_batches,
@@ -89,6 +91,8 @@ class AspoTrainer(TokenBatches):
         self.objective: objectives.Objective = args.objective()
         self.objective_options = args.objective_options()
         self._needs_similarity = needs_similarity(self.objective_options)
+        if "desirable" in self.objective.reads:
+            check_unpaired(args, train_dataset)
         for dataset in every_dataset(train_dataset, eval_dataset):  # a stream is checked as it comes
             if hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset) and len(dataset):
                 self._require_similarity(dataset[0].get("chosen_similarity"))
@@ -126,7 +130,7 @@ class AspoTrainer(TokenBatches):
         self.model_accepts_loss_kwargs = True  # before loss_is_scaled_for_ga, Trainer asked this
         if self.ref_model is not None:
             self.ref_model.to(args.device)
-        self._target = self.objective_options.get("target")  # ACPO's: over what its lengths are averaged
+        self._target = length_target(self.objective, self.objective_options)
         if self._target == "dataset":
             self._pair_tokens = dataset_pair_tokens(self.data_collator, train_dataset)
         self._settle_step(every_dataset(train_dataset, eval_dataset), own_reference=ref_model is not None)
@@ -140,6 +144,10 @@ class AspoTrainer(TokenBatches):
         self.vision = VisionFeatures([self.model, self.ref_model], args.vision_cache, folder)
         reference = (self.ref_model, own_reference)
         self.route = settle_batches(self.model, reference, self.data_collator, datasets, args, autocast)
+        if isinstance(self.data_collator, Collator):  # not before: what is shared is tried in one piece
+            self.data_collator.forward_tokens = args.forward_tokens
+        elif args.forward_tokens is not None:
+            raise ValueError("forward_tokens needs aspo.data.Collator: leave data_collator out")
 
     def _precompute_reference(self, datasets: Sequence[Any]) -> None:
         """Fill the cache with what it lacks of all rows, check a sample, and let go of a reference of its own."""
@@ -293,10 +301,11 @@ class AspoTrainer(TokenBatches):
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Trainer's estimate, from the model's own inputs."""
-        return super().floating_point_ops(inputs["model_inputs"])
+        return sum(super(AspoTrainer, self).floating_point_ops(part["model_inputs"]) for part in parts_of(inputs))
 
     def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
-        super()._track_num_input_tokens(inputs["model_inputs"])
+        for part in parts_of(inputs):
+            super()._track_num_input_tokens(part["model_inputs"])
 
     # ---- checkpoints ----
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,15 @@ class VisionFeatures:
                 forward = functools.partial(self._forward, tower, tower.forward)
                 stack.enter_context(_replaced_forward(tower, forward))
             yield
+
+    def again(self) -> AbstractContextManager[None]:
+        """For a part of a step that may be run a second time, in the backward: inside `step` nothing new, else one."""
+        return nullcontext() if self._active else self.step()
+
+    @property
+    def trains(self) -> bool:
+        """Whether a tower trains, so that its features hold a graph."""
+        return not all(is_frozen(tower) for tower in self._towers)
 
     def flush(self) -> None:
         """Write what "disk" still holds in memory (less than a shard); at the end of a run."""

@@ -48,6 +48,7 @@ OPTIONAL = {
     "sharp_logps": "log-probabilities at temperature 1/2",
     "negative_log_q": "the negatives' log-densities: give the rows negative_log_q (`aspo negatives`)",
     "desirable": "rows of one response with a label",
+    "pair_tokens": "the mean length of a pair",
 }
 
 

@@ -27,7 +27,14 @@ from aspo.integrations.common import forward_runs, refuse
 from aspo.meters import Meters, record
 from aspo.model import check_head, inference, output_head
 from aspo.objective_options import ObjectiveOptions
-from aspo.start import autocast_dtype, check_columns, every_dataset, first_rows, needs_similarity
+from aspo.start import (
+    autocast_dtype,
+    check_columns,
+    every_dataset,
+    first_rows,
+    length_target,
+    needs_similarity,
+)
 from aspo.validate import validate_rows
 from aspo.vision import VisionFeatures
 from aspo_kernels import objectives
@@ -250,7 +257,7 @@ class AspoDPOTrainer(DPOTrainer):
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        if self.objective_options.get("target") == "batch" and batch_samples:  # ACPO's lengths, over the whole step
+        if length_target(self.objective, self.objective_options) == "batch" and batch_samples:
             self._pair_tokens = mean_pair_tokens(batch_samples, self.accelerator)
         return super()._get_num_items_in_batch(batch_samples, device)
 

@@ -15,7 +15,7 @@ MIN_REWARD = 1e-6  # a rejected reward above minus this is no divisor (step 0 ha
 STARVING = 4.0  # sigmoid(-4) = 0.018: a target above this leaves hardly any gradient
 
 
-@register("acpo")
+@register("acpo", reads=["pair_tokens"])
 def acpo(x: Inputs, beta: float = 0.1, delta: float = 0.005, target: str = "batch") -> Result:
     """-log sigmoid(r(y_c) - a r(y_r)), r = beta h, a = sg[clip((r(y_c) - tau) / r(y_r), 0, 1)] or 1.
 
@@ -26,7 +26,8 @@ def acpo(x: Inputs, beta: float = 0.1, delta: float = 0.005, target: str = "batc
     check_positive("beta", beta)
     check_positive("delta", delta)
     check_choice("target", target, TARGETS)
-    chosen, rejected = x.pair(beta * x.response_logratios)
+    h_chosen, h_rejected = x.pair(x.response_logratios)
+    chosen, rejected = beta * h_chosen.detach(), beta * h_rejected.detach()
     tokens = torch.add(*x.pair(x.lengths))
     if target != "pair":
         tokens = tokens.mean() if x.pair_tokens is None else torch.full_like(tokens, x.pair_tokens)
@@ -39,7 +40,7 @@ def acpo(x: Inputs, beta: float = 0.1, delta: float = 0.005, target: str = "batc
     tau = delta * tokens
     usable = rejected < -MIN_REWARD
     ratio = (chosen - tau) / torch.where(usable, rejected, -1.0)
-    a = torch.where(usable, ratio.clamp(0.0, 1.0), 1.0).detach()
-    margins = chosen - a * rejected
-    stats = {**x.reward_stats(beta, margins), "acpo_scale": a, "acpo_target": tau.expand_as(a).detach()}
+    a = torch.where(usable, ratio.clamp(0.0, 1.0), 1.0)
+    margins = beta * (h_chosen - a * h_rejected)  # in this order a = 1 is DPO to the last bit
+    stats = {**x.reward_stats(beta, margins), "acpo_scale": a, "acpo_target": tau.expand_as(a)}
     return Result(-F.logsigmoid(margins), stats)
