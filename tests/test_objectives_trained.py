@@ -164,11 +164,14 @@ def test_kto_needs_company(make, folder):
 def test_acpos_target_is_of_the_whole_step_and_its_scale_with_it(make):
     """Micro-batches of one pair have the target of the four together; so the scales are those of one batch."""
     seen: dict[int, list[Tensor]] = {}
+    plain = [{k: v for k, v in row.items() if "sentences" not in k and "similarity" not in k} for row in tiny_rows(4)]
+    rows = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in plain]
     for size in (4, 1):
-        trainer = make(
-            "acpo", per_device_train_batch_size=size, gradient_accumulation_steps=4 // size, beta=5.0,
-            objective_kwargs={"delta": 0.01},
-        )  # fmt: skip
+        options = {"beta": 5.0, "objective_kwargs": {"delta": 0.01}, "gradient_accumulation_steps": 4 // size}
+        trainer = make("acpo", rows, per_device_train_batch_size=size, **options)
+        for name, p in trainer.model.named_parameters():  # the other way from the reference: rewards below 0
+            if "lora_B" in name:
+                p.data.neg_()
         seen[size] = []
         losses = trainer.pair_losses
 

@@ -18,7 +18,7 @@ from aspo.model import base_model, output_head, trunk_hidden
 from aspo.objective_options import probe
 from aspo_kernels import SentenceLayout, gather_hidden, objectives
 
-OPTIONAL_READS = {"sentence_weights", "rejected_similarity", "pair_tokens"}  # read only where an option asks for it; then an error
+OPTIONAL_READS = {"sentence_weights", "rejected_similarity", "pair_tokens"}  # needed for some options alone, if at all
 NOT_THE_TRUNKS = ("labels", "use_cache", "return_dict", "logits_to_keep")  # arguments that a trunk has no use for
 
 
