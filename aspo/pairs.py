@@ -35,8 +35,8 @@ BOUNDS: dict[str, tuple[float, float | None]] = {  # option -> least and greates
     "max_sentences": (1, None),
     "clip_weight": (0, 1),
     "margin": (0, None),
-    "count": (1, None),
 }
+NEGATIVES = ("crop", "noise", "random", "hard", "misp")
 
 
 def run_method(
@@ -140,7 +140,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, help="0 = greedy (default), else sampling; csr, sentinel: above 0 (default: 1)")
     add("--seed", type=int, help="of the noise and the sampling (default: 0)")
     add("--batch-size", type=int, help="prompts, and sequences, at a time (default: 16)")
-    add("--scorer", help="csr, sentinel: CLIP as for `aspo score`, or world")
+    add("--scorer", help="csr, sentinel, hard, misp (the others' figures): CLIP as for `aspo score`, or world")
+    add("--count", type=int, help="crop, noise, random, hard, misp: negative images of a row, 1 to 16 (default: 3)")
+    add("--pool", help="random, hard, misp: rows or a folder of images to pick from (default: those of --data)")
     add("--candidates", type=int, help="csr, sentinel: next sentences sampled behind each beginning (default: 5)")
     add("--max-sentences", type=int, help="csr, sentinel: sentences of an answer at most (default: 16)")
     add("--beams", type=int, help="csr: how many of the best, and of the worst, beginnings go on (default: 2)")
@@ -148,7 +150,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--judge", help="sentinel: similarity (default), or truth (the world's scenes)")
     add("--margin", type=float, help="sentinel: least difference of the two sentences' cosines (default: 0.02)")
     add("--language", help="csr, sentinel: language code of the sentence splitter (default: en)")
-    add("--engine", help="csr, sentinel: what generates, transformers (default) or vllm")
+    add("--engine", help="csr, sentinel: what generates, transformers (default), or vllm where it is installed")
     add("--dtype", help="float32, bfloat16, float16 or auto (default: float32)")
     add("--device", help="torch device (default: the accelerator if there is one, else cpu)")
 
@@ -177,6 +179,8 @@ def run(args: argparse.Namespace) -> int:
     """Run `aspo pairs`."""
     method = importlib.import_module(f"aspo.pair_makers.{METHODS[args.method][0]}")
     options = method_options(args, method.OPTIONS)
+    if args.method in NEGATIVES:
+        return method.run(args)
     rows = load_rows(args.data, kind="prompt", limit=args.limit, image_root=args.image_root)
     validate_rows(rows, "prompt")
     _check_ids(rows)

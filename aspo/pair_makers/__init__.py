@@ -7,6 +7,8 @@ A method's module has
     NOUNS       what it makes, of what: as the summary calls them
     check(rows, options)            raises ValueError before anything is loaded
     maker(options, load) -> Make    loads what it needs (`load()`: model and processor) and makes rows of rows
+
+but for `negative_images`, which runs `aspo negatives`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +25,16 @@ METHODS = {  # name -> (module, what it makes)
     "povid": ("povid", "pairs, and beside each chosen token what the model says in its place under noise"),
     "csr": ("csr", "the best and the worst answer of a tree of sampled sentences, by CLIP and own log-probability"),
     "sentinel": ("sentinel", "a faithful and a hallucinated next sentence behind the same beginning of an answer"),
+    **{
+        name: ("negative_images", f"negative images for pairs, or for SeVa's pairs of prompts: {what}")
+        for name, what in (
+            ("crop", "parts of the image (mDPO)"),
+            ("noise", "the image under diffusion noise"),
+            ("random", "other images, at random"),
+            ("hard", "the nearest other images"),
+            ("misp", "MISP-DPO's choice"),
+        )
+    },
     "unpaired": ("unpaired", "no new answers: each pair becomes two rows of prompt, completion and label, for KTO"),
 }
 
