@@ -38,9 +38,10 @@ def misp(
     chosen, rejected = x.pair(h)
     there = _present(x)
     given = there.any(1)
-    # An item without negatives (text alone) gets a zero for them, since no gradient goes through an empty logsumexp.
+    # An item without negatives (text alone) goes along with zeros, since no gradient goes through an empty logsumexp.
     a = torch.where(there, beta * (x.negatives(h, 0.0) - chosen[:, None]), -torch.inf)
     a = torch.where(given[:, None], a, 0.0)
+    there = there | ~given[:, None]
     if not a.shape[1]:
         image = torch.zeros_like(chosen)
     elif importance == "none":
@@ -105,7 +106,8 @@ def povid(x: Inputs, beta: float = 0.1, image_weight: float = 0.5) -> Result:
     """-(1 - v) log sigmoid(beta (h(y_c) - h(y_r))) - v log sigmoid(beta (h(y_c) - h_0)), v = image_weight.
 
     h_0 is of the tokens that the model finds likeliest after each start of y_c when the image is noised, scored under
-    the clean one.  (POVID, arXiv 2402.11411; there they are found again at every step, here once, before training)
+    the clean one.  (POVID, arXiv 2402.11411; there policy and reference each find their own at every step, here the
+    tokens are found once, before training)
     """
     check_positive("beta", beta)
     if not 0.0 <= image_weight <= 1.0:

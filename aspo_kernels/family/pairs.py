@@ -80,7 +80,10 @@ def orpo(x: Inputs, beta: float = 0.1) -> Result:
 def _log1mexp(log_p: Tensor) -> Tensor:
     """log(1 - exp(log_p)) for log_p <= 0, in the form that keeps its digits on each side of 1/2."""
     below = log_p.clamp_max(-(torch.finfo(log_p.dtype).tiny ** 0.5))  # a certain response has no odds: kept finite
-    return torch.where(below > -math.log(2), torch.log(-torch.expm1(below)), torch.log1p(-torch.exp(below)))
+    likely = below > -math.log(2)
+    # Each form gets a number that suits it where it is not taken: 0 times its infinite slope would be NaN.
+    of_likely = torch.log(-torch.expm1(torch.where(likely, below, -1.0)))
+    return torch.where(likely, of_likely, torch.log1p(-torch.exp(torch.where(likely, -1.0, below))))
 
 
 @register("f_dpo")
@@ -114,7 +117,7 @@ def wpo(x: Inputs, beta: float = 0.1) -> Result:
     that is on-policy. As TRL has it (eq. 2), the product is not clipped. Costs one pass over the head without gradient.
     """
     check_positive("beta", beta)
-    on_policy = x.need("sharp_logps") - x.logps.detach()  # = logp - log sum_v p_v^2
+    on_policy = x.need("sharp_logps").detach() - x.logps.detach()  # = logp - log sum_v p_v^2
     v = torch.exp(x.sum_by(on_policy, x.layout.response_token_offsets) / x.lengths)
     weights = torch.mul(*x.pair(v))
     chosen, rejected = x.pair(x.response_logratios)

@@ -42,8 +42,8 @@ def chip(x: Inputs, beta: float = 0.1, tdpo_alpha: float = 0.1, segment_weight: 
     """-log sigmoid(beta m), m = [g(y_c) - g(y_r)] + [g(y_c) - g(y_c | noised image)] - a (D(y_r) - sg[D(y_c)]).
 
     g(y) = sum_t c_t l_t, c_t = segment_weight in segments in which the responses differ (score above 0), else 1.
-    (CHiP, arXiv 2501.16629, in its released form: one log-sigmoid over all terms. There the noised image's reference
-    is not weighted alike; here every g is.)
+    (CHiP, arXiv 2501.16629, in its released form: one log-sigmoid over all terms. There, with segment weights, the
+    noised image's reference is its plain sum times sum_t c_t; here every g is weighted alike.)
     """
     check_positive("beta", beta)
     check_positive("segment_weight", segment_weight)

@@ -22,9 +22,10 @@ def _weighted_pair(x: Inputs, weights: Tensor, beta: float) -> Result:
     return Result(-F.logsigmoid(margins), {**x.reward_stats(beta, margins), "token_weights": weights})
 
 
-def _mean(x: Inputs, values: Tensor) -> Tensor:
-    """(N,) -> (R,): each response's mean over its tokens."""
-    return x.sum_by(values, x.layout.response_token_offsets) / x.lengths
+def _over(x: Inputs, weights: Tensor, totals: Tensor) -> Tensor:
+    """Weights, (N,), over their response's number, (R,); 1 where that is 0, as behind a padded layout's end."""
+    totals = x.spread(totals)
+    return weights / torch.where(totals > 0, totals, 1.0)
 
 
 @register("weighted_dpo", reads=["token_scores"])
@@ -47,19 +48,20 @@ def ddpo(x: Inputs, beta: float = 0.5, gamma: float = 5.0) -> Result:
     check_positive("beta", beta)
     check_positive("gamma", gamma)
     weights = torch.where(x.need("token_scores") > 0, gamma, 1.0).to(x.logps.dtype)
-    return _weighted_pair(x, weights / x.spread(x.lengths * _mean(x, weights)), beta)
+    return _weighted_pair(x, _over(x, weights, x.sum_by(weights, x.layout.response_token_offsets)), beta)
 
 
 @register("fisao", reads=["token_scores"])
 def fisao(x: Inputs, beta: float = 0.1, k: float = 1.0) -> Result:
     """-log sigmoid(beta (sum_t c_t l_t of y_c - that of y_r)).  (FiSAO-style, arXiv 2410.14148; this form is ours)
 
-    c_t = clip(1 + k r_t, 0, 2) on chosen, clip(1 - k r_t, 0, 2) on rejected, each divided by its response's mean. r_t, the token's score, is the verifier's reward. r = 0 everywhere is exactly DPO; a response whose weights are all
-    0 says nothing. TLDR's token scores are used the same way.
+    c_t = clip(1 + k r_t, 0, 2) on chosen, clip(1 - k r_t, 0, 2) on rejected, each divided by its response's mean. r_t,
+    the token's score, is the verifier's reward. r = 0 everywhere is exactly DPO; a response whose weights are all 0
+    says nothing. TLDR's token scores are used the same way.
     """
     check_positive("beta", beta)
     check_finite("k", k)
     sign = x.spread(torch.where(x.layout.role == 0, 1.0, -1.0).to(x.logps.dtype))
     weights = (1 + k * sign * x.need("token_scores").detach()).clamp(0.0, 2.0)
-    means = _mean(x, weights)
-    return _weighted_pair(x, weights / x.spread(torch.where(means > 0, means, 1.0)).clamp_min(1e-30), beta)
+    means = x.sum_by(weights, x.layout.response_token_offsets) / x.lengths
+    return _weighted_pair(x, _over(x, weights, means), beta)
