@@ -10,11 +10,12 @@ from typing import Any
 
 from aspo.model import load_model
 from aspo.object_words import ObjectVocabulary
-from aspo.online_trainer import HISTORY_FILE, KL_KINDS, OnlineOptions, OnlineTrainer, checkpoints, round_prompts
+from aspo.online_trainer import HISTORY_FILE, KL_KINDS, OnlineOptions, OnlineTrainer, round_prompts
 from aspo.resume import Interrupt, differences, write_json
 from aspo.rows import load_rows
 from aspo.scorers import load_scorer
 from aspo.scores import progress_bar
+from aspo.training_state import checkpoints
 from aspo.validate import validate_rows
 from aspo.verifier import Calibration, Verifier
 

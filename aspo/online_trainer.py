@@ -12,9 +12,7 @@ Axes: N generated tokens of a micro-batch, H hidden size.
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +20,6 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from peft.utils.save_and_load import set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aspo.data import Collator
@@ -32,10 +28,11 @@ from aspo.generation import Answer, generate_answers
 from aspo.model import check_head, inference, output_head, trunk_hidden
 from aspo.policy import add_lora, disable_dropout
 from aspo.resume import write_json
+from aspo.training_state import load_checkpoint, save_checkpoint
 from aspo.verifier import Calibration, Verifier
 from aspo_kernels.family.policy_gradient import clipped_policy_gradient, sampled_kl
 
-STATE_FILE, OPTIMIZER_FILE, HISTORY_FILE = "state.json", "optimizer.safetensors", "log_history.json"
+HISTORY_FILE = "log_history.json"
 KL_KINDS = ("full", "k3")
 Row = Mapping[str, Any]
 
@@ -221,43 +218,19 @@ class OnlineTrainer:
 
     def save(self, folder: Path) -> None:
         """checkpoint-<round>: the adapter, the optimiser and the history; older ones are removed."""
-        target = folder / f"checkpoint-{self.round}"
-        partial = target.with_name(target.name + ".part")
-        for stale in (partial, target):
-            shutil.rmtree(stale, ignore_errors=True)
-        self.policy.save_pretrained(str(partial))
-        state = self.optimizer.state_dict()["state"]
-        tensors = {f"{i}.{name}": value for i, values in state.items() for name, value in values.items()}
-        save_file(
-            {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial / OPTIMIZER_FILE
-        )
-        write_json(partial / STATE_FILE, {"round": self.round, "history": self.history})
-        partial.rename(target)
-        for old in checkpoints(folder)[:-1]:
-            shutil.rmtree(old)
+        state = {"round": self.round, "history": self.history}
+        save_checkpoint(folder, self.round, self.policy, self.optimizer, state)
         write_json(folder / HISTORY_FILE, self.history)
 
     def load(self, checkpoint: Path) -> None:
         """Go on from a checkpoint of `save`, to the same bits."""
-        set_peft_model_state_dict(self.policy, load_file(checkpoint / "adapter_model.safetensors"))
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in load_file(checkpoint / OPTIMIZER_FILE).items():
-            index, _, key = name.partition(".")
-            state.setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        known = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-        self.round, self.history = known["round"], known["history"]
+        state, _ = load_checkpoint(checkpoint, self.policy, self.optimizer)
+        self.round, self.history = state["round"], state["history"]
 
     def save_final(self, folder: Path) -> None:
         """The adapter and the processor, as `aspo train` leaves them."""
         self.policy.save_pretrained(str(folder))
         self.processor.save_pretrained(folder)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, the last one last (a folder gets its name when it is complete)."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def round_seed(seed: int, number: int) -> int:

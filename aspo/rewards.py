@@ -11,8 +11,7 @@ Both write [start, end, r] spans over characters of the response; a token that o
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +24,25 @@ from aspo.calibrate import (
     summary,
     write_calibration,
 )
-from aspo.folder import ROWS_FILE, append_row, read_lines, row_name
+from aspo.folder import read_lines, row_name
 from aspo.judges import image_hash
 from aspo.model import load_model
 from aspo.object_words import load_vocabulary
-from aspo.resume import differences, write_json
 from aspo.rows import load_rows
 from aspo.scorers import load_scorer
 from aspo.scores import progress_bar
+from aspo.token_scores import COLUMNS, Spans, begin, load_preferences, scored_summary, write_scored
 from aspo.validate import response_text, validate_rows
 from aspo.verifier import BARE_WORD, WORLD_TEMPLATE, Calibration, Verifier, compare_towers
 
-SETTINGS_FILE = "settings.json"
-COLUMNS = ("chosen", "rejected")
 Row = Mapping[str, Any]
-Spans = Sequence[tuple[int, int, float]]  # [start, end, r]
 
 DESCRIPTION = """\
 Score the tokens of preference rows, for objectives that weigh tokens (fisao, weighted_dpo) and for `aspo online`.
 
   aspo rewards --method fisao --model world --scorer world --objects world \\
                --calibrate world:calibration --data runs/pairs --out runs/rewarded
-  aspo rewards --method tldr --model world --train world:calibration --data runs/pairs --out runs/tldr
+  aspo rewards --method tldr --model world --objects world --train world:calibration --data runs/pairs --out runs/tldr
 
 fisao: the model answers the calibration rows, whose truth (`objects` or `scene`) tells right from hallucinated object
 words; their mean similarities to the images are the baselines of the rewards. Without --data it stops there. tldr: a
@@ -92,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="torch device (default: the accelerator if there is one, else cpu)")
 
 
-NEEDS = {"fisao": ("scorer", "objects", "calibrate"), "tldr": ("train", "data")}
+NEEDS = {"fisao": ("scorer", "objects", "calibrate"), "tldr": ("train", "objects", "data")}
 OF_OTHER = {  # options that only the other method reads, and their defaults
     "fisao": ("train", "train_limit"),
     "tldr": ("scorer", "calibrate", "calibrate_limit", "template", "analyse", "after"),
@@ -146,15 +142,6 @@ def run_fisao(args: argparse.Namespace) -> int:
     write_scored(rows, score, args.out, args.batch_size)
     print(scored_summary(args.out))
     return 0
-
-
-def load_preferences(args: argparse.Namespace) -> Any:
-    """The rows of --data, checked; they must not lie in --out."""
-    if Path(args.data).resolve() == args.out.resolve():
-        raise ValueError(f"--out {args.out} is --data: name another folder, so that the rows stay as they are")
-    rows = load_rows(args.data, limit=args.limit, image_root=args.image_root)
-    validate_rows(rows)
-    return rows
 
 
 def load_verifier(args: argparse.Namespace) -> tuple[Any, Verifier]:
@@ -213,60 +200,3 @@ def settled_calibration(args: argparse.Namespace, rows: Sequence[Row], verifier:
         write_calibration(args.out, calibration, answers)
     print(summary(calibration, answers))
     return calibration
-
-
-def begin(out: Path, settings: Mapping[str, Any], free: tuple[str, ...] = ()) -> None:
-    """Note the settings of a command's folder; ValueError where it was begun with others or by something else.
-
-    free: settings that may be given later (None before).
-    """
-    path = out / SETTINGS_FILE
-    if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON: {error}; use another --out") from error
-        changed = differences(
-            {**before, **{name: settings[name] for name in free if not before.get(name)}}, settings, ()
-        )
-        if changed:
-            raise ValueError(
-                f"{out} was begun with other settings ({'; '.join(changed)}): use the same, or another --out"
-            )
-    elif (out / ROWS_FILE).exists():
-        raise ValueError(f"{out} already holds rows that `aspo rewards` did not make; use another --out")
-    write_json(path, settings)
-
-
-def write_scored(
-    rows: Sequence[Row], score: Callable[[Sequence[Row]], Sequence[Mapping[str, Spans]]], out: Path, batch_size: int
-) -> None:
-    """Append the rows with `<column>_token_scores` that `out` does not hold yet, batch by batch."""
-    there = [line["id"] for line in read_lines(out / ROWS_FILE)]
-    if any(there[i] != rows[i]["id"] for i in range(min(len(there), len(rows)))):
-        raise ValueError(f"{out / ROWS_FILE} holds other rows than --data: use another --out")
-    with progress_bar() as bar:
-        task = bar.add_task("scoring", total=len(rows))
-        for start in range(0, len(rows), batch_size):
-            batch = [dict(rows[i]) for i in range(start, min(start + batch_size, len(rows)))]
-            if start + len(batch) > len(there):
-                made = list(zip(batch, score(batch), strict=True))
-                for row, spans in made[max(len(there) - start, 0) :]:
-                    append_row(out, {**row, **{f"{name}_token_scores": list(value) for name, value in spans.items()}})
-            bar.advance(task, len(batch))
-
-
-def scored_summary(out: Path) -> str:
-    """How many words and rows got a reward."""
-    lines = []
-    rows = list(read_lines(out / ROWS_FILE))
-    for column in COLUMNS:
-        spans = [row[f"{column}_token_scores"] for row in rows]
-        values = [value for of_row in spans for _, _, value in of_row]
-        up, down = sum(value > 0 for value in values), sum(value < 0 for value in values)
-        mean = sum(values) / max(len(values), 1)
-        lines.append(
-            f"  {column}: {len(values)} scored spans, {up} above 0, {down} below; mean {mean:+.3f}; "
-            f"{sum(not of_row for of_row in spans)} responses without any"
-        )
-    return "\n".join([f"{len(rows)} rows scored, in {out}", *lines])
