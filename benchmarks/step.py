@@ -116,7 +116,7 @@ def stepper(contender: Contender, model: Any, processor: Any, rows: list[dict[st
     options = usual | contender.options | options
     if contender.ours:
         ours = {"loss_type": ["dpo"], "lora_r": LORA["r"], "lora_alpha": LORA["lora_alpha"]}
-        args = AspoConfig(**ours, **options)
+        args = AspoConfig(**ours | options)
         return Stepper(AspoTrainer(model, args, train_dataset=rows, processing_class=processor))
     lora = LoraConfig(**LORA, target_modules=lora_targets(model), task_type="CAUSAL_LM")
     data = Dataset.from_list(fresh(rows))
