@@ -6,6 +6,7 @@ Answers and words are kept in `calibration.jsonl`, one line an answer, as they a
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,14 +18,29 @@ from torch import nn
 
 from aspo.folder import append_line, read_lines
 from aspo.generation import generate_answers
-from aspo.object_words import ObjectVocabulary, ObjectWord, judge_words
+from aspo.object_words import ObjectVocabulary, ObjectWord, judge_words, load_vocabulary
 from aspo.prompts import named
 from aspo.resume import write_json
-from aspo.verifier import Calibration, ScoredWord, Verifier, calibrate
+from aspo.rows import load_rows
+from aspo.scorers import load_scorer
+from aspo.validate import validate_rows
+from aspo.verifier import BARE_WORD, WORLD_TEMPLATE, Calibration, ScoredWord, Verifier, calibrate
 
 ANSWERS_FILE, CALIBRATION_FILE, PLOT_FILE = "calibration.jsonl", "calibration.json", "calibration.png"
 Row = Mapping[str, Any]
 Answered = dict[str, Any]  # id, text, tokens, finished, words: [[start, end, entry, similarity, right | null], ...]
+
+
+def load_verifier(args: argparse.Namespace) -> tuple[Any, Verifier]:
+    """The calibration rows, and the verifier that the options name."""
+    rows = load_rows(args.calibrate, kind="prompt", limit=args.calibrate_limit, image_root=args.image_root)
+    validate_rows(rows, "prompt")
+    if not {"objects", "scene"} & set(rows.column_names):
+        raise ValueError(f"--calibrate {args.calibrate}: the rows have no truth, neither 'objects' nor 'scene'")
+    vocabulary = load_vocabulary(args.objects, rows)
+    if args.template is None:
+        args.template = WORLD_TEMPLATE if args.scorer == "world" else BARE_WORD
+    return rows, Verifier(load_scorer(args.scorer, args.device), vocabulary, args.template)
 
 
 def answer_rows(

@@ -21,18 +21,16 @@ from aspo.calibrate import (
     Answered,
     answer_rows,
     calibration_of,
+    load_verifier,
     summary,
     write_calibration,
 )
 from aspo.folder import read_lines, row_name
 from aspo.judges import image_hash
 from aspo.model import load_model
-from aspo.object_words import load_vocabulary
-from aspo.rows import load_rows
-from aspo.scorers import load_scorer
 from aspo.scores import progress_bar
 from aspo.token_scores import COLUMNS, Spans, begin, load_preferences, scored_summary, write_scored
-from aspo.validate import response_text, validate_rows
+from aspo.validate import response_text
 from aspo.verifier import BARE_WORD, WORLD_TEMPLATE, Calibration, Verifier, compare_towers
 
 Row = Mapping[str, Any]
@@ -142,18 +140,6 @@ def run_fisao(args: argparse.Namespace) -> int:
     write_scored(rows, score, args.out, args.batch_size)
     print(scored_summary(args.out))
     return 0
-
-
-def load_verifier(args: argparse.Namespace) -> tuple[Any, Verifier]:
-    """The calibration rows, and the verifier that the options name."""
-    rows = load_rows(args.calibrate, kind="prompt", limit=args.calibrate_limit, image_root=args.image_root)
-    validate_rows(rows, "prompt")
-    if not {"objects", "scene"} & set(rows.column_names):
-        raise ValueError(f"--calibrate {args.calibrate}: the rows have no truth, neither 'objects' nor 'scene'")
-    vocabulary = load_vocabulary(args.objects, rows)
-    if args.template is None:
-        args.template = WORLD_TEMPLATE if args.scorer == "world" else BARE_WORD
-    return rows, Verifier(load_scorer(args.scorer, args.device), vocabulary, args.template)
 
 
 def check_apart(calibration_rows: Sequence[Row], rows: Sequence[Row]) -> None:

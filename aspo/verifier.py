@@ -173,14 +173,17 @@ def calibrate(correct: Sequence[float], hallucinated: Sequence[float], margin: f
     return Calibration(mu_c, mu_h, scale, margin, area, counts)
 
 
+def ranks(values: Sequence[float]) -> Tensor:
+    """(n,) fp64, each value's rank from 1 on; equal values share the mean of their ranks."""
+    _, place, count = torch.tensor(values, dtype=torch.float64).unique(return_inverse=True, return_counts=True)
+    return (count.cumsum(0) - (count - 1) / 2)[place]
+
+
 def auc(right: Sequence[float], wrong: Sequence[float]) -> float:
     """Share of (right, wrong) pairs where the right one is higher, ties counting half; NaN where one is empty."""
     if not right or not wrong:
         return math.nan
-    values = torch.tensor([*right, *wrong], dtype=torch.float64)
-    _, place, count = values.unique(return_inverse=True, return_counts=True)
-    ranks = (count.cumsum(0) - (count - 1) / 2)[place]  # ties share the mean of their ranks
-    wins = ranks[: len(right)].sum() - len(right) * (len(right) + 1) / 2
+    wins = ranks([*right, *wrong])[: len(right)].sum() - len(right) * (len(right) + 1) / 2
     return float(wins / (len(right) * len(wrong)))
 
 
