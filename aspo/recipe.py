@@ -243,7 +243,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 def _check_flags(step: Step) -> None:
     parser = command_parser(step.command)
-    flags = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
+    flags = [option[2:] for option in parser._option_string_actions if option.startswith("--") and option != "--help"]
     for name in step.options:
         if name in MANAGED:
             raise ValueError(f"--{name} is set by `aspo run`: leave it out")

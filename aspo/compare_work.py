@@ -1,0 +1,213 @@
+"""The work of `aspo compare`, done by its processes: a data step; a system trained with a seed and measured."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from aspo.compare_plan import TEST_SEED, Run, Scenes
+from aspo.compare_statistics import Table
+from aspo.controls import noised_image
+from aspo.data import Collator
+from aspo.evaluate import evaluate
+from aspo.generation import generate_answers
+from aspo.judges import Options
+from aspo.metrics import summarise
+from aspo.model import inference, load_model, output_head, response_logps, trunk_hidden
+from aspo.recipes import Planned, StepFailed, run_planned, run_recipe
+from aspo.resume import write_json
+from aspo.rows import load_rows
+from aspo.world.language import describe
+from aspo.world.scenes import Scene, render
+from aspo_kernels import gather_hidden, linear_token_kl
+from aspo_kernels.segments import segment_sum
+
+BATCH = 250  # rows at a time, of evaluation
+MAX_NEW_TOKENS = 64
+COUNTS = "counts.safetensors"
+BLANK = (217, 217, 217)  # the mean colour of the world's pictures
+
+
+def start_worker() -> None:
+    """One thread, and no advice or bars of libraries."""
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def work(task: Planned | Run) -> dict[str, Any]:
+    """Do a data step or a run; returns {"name", "seconds", "error": None or a line}. What it prints goes to a log."""
+    start = time.perf_counter()
+    is_run = isinstance(task, Run)
+    name = f"{task.system.name}, seed {task.seed}" if isinstance(task, Run) else task.folder.name
+    log = task.folder / "log.txt" if is_run else task.folder.with_name(task.folder.name + ".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    error = None
+    with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        try:
+            if isinstance(task, Run):
+                do_run(task)
+            else:
+                run_planned(task)
+        except (ValueError, OSError, RuntimeError, StepFailed) as raised:
+            traceback.print_exc()
+            error = f"{' '.join(str(raised).split())} (log: {log})"
+    return {"name": name, "seconds": time.perf_counter() - start, "error": error}
+
+
+def is_done(run: Run) -> bool:
+    """Whether a run's result is there and whole."""
+    try:
+        return json.loads(run.result.read_text(encoding="utf-8"))["key"] == run.key
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def do_run(run: Run) -> None:
+    """Train, evaluate, and keep counts.safetensors and, last, result.json in the run's folder."""
+    seconds: dict[str, float] = {}
+    start = time.perf_counter()
+    trained = None
+    recipe = run.recipe
+    if recipe is not None:
+        trained = run_recipe(recipe, run.model, run.data, run.folder / "train", run.cache, run.seed)
+        seconds["train"] = time.perf_counter() - start
+    start = time.perf_counter()
+    model, processor = load_model(run.model) if trained is None else load_model(str(trained), base=_base(run, trained))
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()  # type: ignore[operator]
+    ids, names, counts = measure(model, processor, run.scenes)
+    save_file({"counts": counts}, run.folder / COUNTS, metadata={"names": json.dumps(names), "ids": json.dumps(ids)})
+    extra = extra_figures(model, run.model, processor, run.extra)
+    seconds["evaluate"] = time.perf_counter() - start
+    summary = summarise([dict(zip(names, row, strict=True)) for row in counts.tolist()])
+    write_json(
+        run.result,
+        {
+            "key": run.key,
+            "system": run.system.name,
+            "seed": run.seed,
+            "settings": run.system.settings,
+            "scenes": len(ids),
+            "seconds": {name: round(value, 1) for name, value in seconds.items()},
+            "extra": extra,
+            "summary": summary,
+        },
+    )
+
+
+def _base(run: Run, trained: Path) -> str | None:
+    """What an adapter's base is, where the folder was moved: the last iteration's own start."""
+    if not (trained / "adapter_config.json").is_file():
+        return None
+    before = sorted(trained.parent.glob("iteration-*/merged"))
+    return str(before[-1]) if before else run.model
+
+
+def measure(model: nn.Module, processor: Any, scenes: Scenes) -> tuple[list[str], list[str], np.ndarray]:
+    """(ids, count names, (I, C) counts) of an evaluation without yes/no questions."""
+    options = Options(
+        max_new_tokens=MAX_NEW_TOKENS,
+        seed=TEST_SEED,
+        batch_size=BATCH,
+        questions=0,
+        minimal_pairs=scenes.minimal_pairs,
+    )
+    items = evaluate(model, processor, scene_rows(scenes), options)
+    names = sorted({name for item in items for name in item["counts"]})
+    counts = np.array([[item["counts"].get(name, 0.0) for name in names] for item in items], dtype=np.float64)
+    return [item["id"] for item in items], names, counts
+
+
+@functools.cache
+def scene_rows(scenes: Scenes) -> list[dict[str, Any]]:
+    """The rows to evaluate on; a process reads them once."""
+    rows = list(load_rows(scenes.data, kind="prompt", limit=scenes.skip + scenes.scenes))[scenes.skip :]
+    if len(rows) < scenes.scenes:
+        raise ValueError(f"{scenes.data} has {len(rows)} rows behind the first {scenes.skip}, not {scenes.scenes}")
+    if scenes.noise_step:
+        rows = [{**row, "images": [noised_image(row, scenes.noise_step, TEST_SEED)]} for row in rows]
+    return rows
+
+
+def extra_figures(model: nn.Module, start: str, processor: Any, scenes: Scenes) -> dict[str, float]:
+    """Figures that are no counts, each a mean over validation scenes.
+
+    kl: KL(model || start model) of an answer, in nats: the sum over the tokens of an answer sampled from the model of
+    the divergence over the whole vocabulary. image_gap: log p(true description | its image) - log p(the same | a blank
+    image), in nats: how much of what the model says it takes from the image.
+    """
+    rows = scene_rows(scenes)
+    answers = generate_answers(
+        model, processor, rows, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0, seed=TEST_SEED, batch_size=BATCH
+    )
+    truths = [describe(Scene.from_json(row["scene"])) for row in rows]
+    said = [{**row, "chosen": a.text.strip() or truth} for row, a, truth in zip(rows, answers, truths, strict=True)]
+    blank = Image.new("RGB", render(Scene.from_json(rows[0]["scene"])).size, BLANK)
+    seen = [
+        {**row, "chosen": truth, "rejected": truth, "rejected_images": [blank]}
+        for row, truth in zip(rows, truths, strict=True)
+    ]
+    gaps: list[float] = []
+    for batch in response_logps(model, processor, seen, batch_size=50):
+        with_image, without = segment_sum(batch.logps, batch.layout.response_token_offsets).chunk(2)
+        gaps += (with_image - without).tolist()
+    return {"kl": answer_kl(model, start_model(start), processor, said), "image_gap": float(np.mean(gaps))}
+
+
+@functools.lru_cache(maxsize=2)
+def start_model(name: str) -> nn.Module:
+    """The start model of a name, kept by a process."""
+    return load_model(name)[0]
+
+
+def answer_kl(model: nn.Module, start: nn.Module, processor: Any, rows: Sequence[Mapping[str, Any]]) -> float:
+    """Mean over rows of sum_t KL(model || start) at the tokens of `chosen`, in nats."""
+    collator = Collator(processor, responses=("chosen",))
+    head, start_head = output_head(model), output_head(start)
+    total = 0.0
+    for first in range(0, len(rows), 50):
+        batch = collator(rows[first : first + 50])
+        layout = batch["layout"]
+        with inference(model), inference(start):
+            hidden, from_start = (gather_hidden(trunk_hidden(m, batch["model_inputs"]), layout) for m in (model, start))
+            # The function has its reference first: KL(reference || policy).
+            total += float(linear_token_kl(from_start, hidden, start_head.weight, head.weight, layout.targets).kl.sum())
+    return total / len(rows)
+
+
+def read_counts(runs: Sequence[Run]) -> Table:
+    """The counts of a system's runs, one for each seed, in the given order. Raises ValueError where scenes differ."""
+    parts, names, ids = [], None, None
+    for run in runs:
+        path = run.folder / COUNTS
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata()
+        if names is not None and (metadata["names"], metadata["ids"]) != (names, ids):
+            raise ValueError(f"{path}: other scenes or counts than the other seeds of {run.system.name!r}: delete it")
+        names, ids = metadata["names"], metadata["ids"]
+        parts.append(load_file(path)["counts"])
+    return Table(np.stack(parts), tuple(json.loads(names or "[]")))
+
+
+def single_thread_environment() -> None:
+    """For processes that are started from here on."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
