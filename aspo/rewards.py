@@ -2,10 +2,11 @@
 
     fisao   object words scored by a CLIP model (the model's own vision encoder where it is one) and calibrated on the
             model's answers to rows set apart: aspo.verifier, aspo.calibrate, docs/fisao.md
-    tldr    every token scored by a head on the model's hidden states, trained on perturbed captions: aspo.tldr,
+    tldr    object words scored by a head on the model's hidden states, trained on perturbed captions: aspo.tldr,
             docs/tldr.md
+    changes 1 where chosen and rejected differ, for objectives of corrected segments: aspo.changes
 
-Both write [start, end, r] spans over characters of the response; a token that overlaps none has r = 0.
+All write [start, end, r] spans over characters of the response; a token that overlaps none has r = 0.
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ from aspo.calibrate import (
     summary,
     write_calibration,
 )
+from aspo.changes import score_changes
+from aspo.evidence import run_analysis
 from aspo.folder import read_lines, row_name
 from aspo.judges import image_hash
 from aspo.model import load_model
 from aspo.scores import progress_bar
+from aspo.tldr import run_tldr
 from aspo.token_scores import COLUMNS, Spans, begin, load_preferences, scored_summary, write_scored
 from aspo.validate import response_text
 from aspo.verifier import BARE_WORD, WORLD_TEMPLATE, Calibration, Verifier, compare_towers
@@ -36,7 +40,7 @@ from aspo.verifier import BARE_WORD, WORLD_TEMPLATE, Calibration, Verifier, comp
 Row = Mapping[str, Any]
 
 DESCRIPTION = """\
-Score the tokens of preference rows, for objectives that weigh tokens (fisao, weighted_dpo) and for `aspo online`.
+Score the tokens of preference rows, for objectives that weigh tokens (fisao, weighted_dpo, ddpo) and for `aspo online`.
 
   aspo rewards --method fisao --model world --scorer world --objects world \\
                --calibrate world:calibration --data runs/pairs --out runs/rewarded
@@ -44,7 +48,8 @@ Score the tokens of preference rows, for objectives that weigh tokens (fisao, we
 
 fisao: the model answers the calibration rows, whose truth (`objects` or `scene`) tells right from hallucinated object
 words; their mean similarities to the images are the baselines of the rewards. Without --data it stops there. tldr: a
-head on the model's hidden states learns to tell true captions' tokens from swapped ones. --analyse compares
+head on the model's hidden states learns to tell true captions' tokens from swapped ones. changes: 1 on the words that
+differ between chosen and rejected, for answers that a person corrected; no model is needed. --analyse compares
 token-level with sentence-level scores instead. Run the same command again to go on after a stop."""
 
 
@@ -52,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `aspo rewards`."""
     parser.description = DESCRIPTION
     add = parser.add_argument
-    add("--method", required=True, choices=("fisao", "tldr"), help="what scores the tokens")
-    add("--model", required=True, help="folder or hub name of the model, or an adapter's; world = the embedded one")
+    add("--method", required=True, choices=("fisao", "tldr", "changes"), help="what scores the tokens")
+    add("--model", help="folder or hub name of the model, or an adapter's; world = the embedded one")
     add("--data", help="preference rows to score: a folder, .jsonl, .json or .parquet")
     add("--out", required=True, type=Path, help="folder to write: the rows, and what the scores were made with")
     add("--objects", help="object vocabulary: a file of lines `name, synonym, synonym`; rows = names in the rows' "
@@ -86,10 +91,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="torch device (default: the accelerator if there is one, else cpu)")
 
 
-NEEDS = {"fisao": ("scorer", "objects", "calibrate"), "tldr": ("train", "objects", "data")}
-OF_OTHER = {  # options that only the other method reads, and their defaults
-    "fisao": ("train", "train_limit"),
-    "tldr": ("scorer", "calibrate", "calibrate_limit", "template", "analyse", "after"),
+NEEDS = {
+    "fisao": ("model", "scorer", "objects", "calibrate"),
+    "tldr": ("model", "train", "objects", "data"),
+    "changes": ("data",),
+}
+_OF_FISAO = ("scorer", "calibrate", "calibrate_limit", "template", "analyse", "after")
+_OF_TLDR = ("train", "train_limit")
+OF_OTHERS = {  # options that only other methods read
+    "fisao": _OF_TLDR,
+    "tldr": _OF_FISAO,
+    "changes": ("objects", *_OF_FISAO, *_OF_TLDR),
 }
 
 
@@ -98,19 +110,17 @@ def run(args: argparse.Namespace) -> int:
     for name in NEEDS[args.method]:
         if getattr(args, name) is None:
             raise ValueError(f"--{name} is missing: --method {args.method} needs it")
-    for name in OF_OTHER[args.method]:
+    for name in OF_OTHERS[args.method]:
         if getattr(args, name) not in (None, False):
             raise ValueError(f"--{name.replace('_', '-')} has no meaning with --method {args.method}: drop it")
     for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("epochs", 1), ("temperature", 0), ("margin", 0)):
         if not getattr(args, name) >= least:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}")
+    if args.method == "changes":
+        return run_changes(args)
     if args.method == "tldr":
-        from aspo.tldr import run_tldr
-
         return run_tldr(args)
     if args.analyse:
-        from aspo.evidence import run_analysis
-
         return run_analysis(args)
     if args.after is not None:
         raise ValueError("--after is the second model of --analyse: give that too, or drop it")
@@ -138,6 +148,15 @@ def run_fisao(args: argparse.Namespace) -> int:
         ]
 
     write_scored(rows, score, args.out, args.batch_size)
+    print(scored_summary(args.out))
+    return 0
+
+
+def run_changes(args: argparse.Namespace) -> int:
+    """Mark the words in which the responses of --data differ."""
+    rows = load_preferences(args)
+    begin(args.out, {name: getattr(args, name) for name in ("method", "data", "image_root")})
+    write_scored(rows, score_changes, args.out, args.batch_size)
     print(scored_summary(args.out))
     return 0
 
