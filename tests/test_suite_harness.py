@@ -173,6 +173,24 @@ def test_vlmevalkit_runs_and_its_results_are_items(tmp_path, installed, monkeypa
     assert result["summary"] == {"harness_score": 0.5} and [item["id"] for item in result["items"]] == ["1", "2"]
 
 
+@pytest.mark.parametrize(
+    ("record", "row", "points"),
+    [
+        ("judge", {"score": 0.4}, (0.4, 1)),  # MM-Vet
+        ("openai_result", {"gpt4_score": 8, "score": 6}, (6, 8)),  # LLaVA-Bench
+        ("auxmatch", {"score": True}, (1, 1)),  # MME
+        ("results", {"eval_score": 0.3}, (0.3, 1)),  # GQA, TextVQA
+    ],
+)
+def test_the_records_of_vlmevalkit(tmp_path, record, row, points):
+    folder = tmp_path / "model" / "T1"
+    folder.mkdir(parents=True)
+    (folder / "model_X_score.csv").write_text('"Overall"\n"1"\n')
+    (folder / f"model_X_{record}.json").write_text(json.dumps([{"index": 5, "prediction": "p", **row}]))
+    (item,) = vlmevalkit.results(tmp_path, "X")[1]
+    assert (item["counts"]["harness_points"], item["counts"]["harness_items"]) == points and item["id"] == "5"
+
+
 def test_which_harness_is_taken(installed):
     with pytest.raises(ValueError, match=r"none that has it is installed\. lmms-eval has it as gqa: pip install"):
         harness.choose("gqa")

@@ -29,7 +29,7 @@ DATASETS = {  # dataset -> class of vlmeval.dataset
     "VizWiz": "VizWiz",
 }
 TABLES = ("acc", "score", "rating")
-POINTS = ("hit", "score")  # columns of a record that hold an item's score
+POINTS = ("hit", "score", "eval_score")  # columns of a record that hold an item's score
 
 
 def command(
