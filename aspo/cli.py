@@ -18,6 +18,7 @@ COMMANDS = {
         "aspo.negatives",
         "add negative images: chosen by MISP's autoencoder, nearest, random, cropped, noised",
     ),
+    "controls": ("aspo.controls", "change world rows on purpose: weights from the truth or shuffled, other boundaries"),
     "rewards": ("aspo.rewards", "score tokens: FiSAO's verifier of object words, TLDR's reward head, changed segments"),
     "reference": ("aspo.reference", "compute the reference's log-probabilities ahead, for training"),
     "plan": ("aspo.plan", "predict a training step's memory, and what fits, without loading weights"),

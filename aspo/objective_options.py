@@ -10,7 +10,10 @@ import torch
 from aspo_kernels import SentenceLayout, objectives
 from aspo_kernels.checks import BACKENDS
 
-OBJECTIVE_OPTIONS = ("beta", "alpha", "normalizer", "perplexity", "perplexity_scale", "label_smoothing", "gamma")
+OBJECTIVE_OPTIONS = (
+    *("beta", "alpha", "normalizer", "perplexity", "perplexity_scale", "weights", "rejected_side"),
+    *("label_smoothing", "gamma"),
+)
 
 
 CHOICES = {
@@ -60,6 +63,17 @@ class ObjectiveOptions:
     )
     perplexity_scale: str | None = field(
         default=None, metadata={"help": "aspo: min-max over ppl or nll. Default: ppl."}
+    )
+    weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "aspo: sentence weights computed, or given by the rows (chosen_sentence_weights). Default: "
+            "computed."
+        },
+    )
+    rejected_side: str | None = field(
+        default=None,
+        metadata={"help": "aspo: the rejected response whole, or weighed: aligned, misaligned. Default: whole."},
     )
     label_smoothing: float | None = field(
         default=None, metadata={"help": "dpo: share of pairs taken to be swapped, [0, 0.5). Default: 0."}

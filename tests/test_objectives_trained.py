@@ -17,7 +17,7 @@ from aspo_kernels import objectives
 
 SGD = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "max_steps": 1, "per_device_train_batch_size": 4}
 OPTIONS = {  # objective -> options other than its defaults
-    "aspo": {"objective_kwargs": {"weights": "given", "rejected_side": "misaligned"}},
+    "aspo": {"weights": "given", "rejected_side": "misaligned"},
     "misp": {"objective_kwargs": {"importance": "self"}},
     "chip": {"objective_kwargs": {"segment_weight": 3.0}},
 }

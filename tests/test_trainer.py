@@ -507,8 +507,7 @@ def test_config_refuses(tmp_path, options, message):
 
 def test_config_fills_in_what_the_objective_takes(tmp_path):
     config = AspoConfig(output_dir=str(tmp_path), use_cpu=True)
-    own = objectives.options("aspo").items() - {"weights": "computed", "rejected_side": "whole"}.items()
-    assert config.objective_options() == dict(own)  # the other two stay in objective_kwargs
+    assert config.objective_options() == objectives.options("aspo")
     assert config.label_smoothing is None and (config.lora_r, config.lora_alpha) == (16, 32)
     again = AspoConfig(
         **{k: v for k, v in vars(config).items() if k in AspoConfig.__dataclass_fields__ and v is not None}
