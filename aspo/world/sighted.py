@@ -24,7 +24,7 @@ from aspo.world.pixels import pixels
 from aspo.world.scenes import scenes
 from aspo.world.vlm import base_loss, encode
 
-SCENES, STEPS, BATCH, LEARNING_RATE = 6000, 300, 64, 5e-4
+SCENES, STEPS, BATCH, LEARNING_RATE = 4000, 120, 64, 5e-4
 
 
 def train_sighted(steps: int = STEPS, count: int = SCENES):  # type: ignore[no-untyped-def]
