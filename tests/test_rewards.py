@@ -74,7 +74,7 @@ def test_object_words_have_their_places_their_entries_and_their_names():
 @pytest.mark.parametrize(
     ("said", "name"),
     [("girafe", "giraffe"), ("GIRAFFFE", "giraffe"), ("bananna", "banana"), ("bananas", "banana"),
-     ("girrafe", None), ("skatebaord", "skateboard"), ("house", None), ("grasses", None), ("cot", None), ("banners", None)],
+     ("skatebaord", "skateboard"), ("girrafe", None), ("house", None), ("grasses", None), ("cot", None)],
 )  # fmt: skip
 def test_small_misspellings_count_and_other_words_do_not(said, name):
     vocabulary = ObjectVocabulary(["giraffe", "banana", "horse", "glasses", "cat", "skateboard"])
@@ -254,6 +254,14 @@ def test_a_stopped_command_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             rewards(*arguments, "--out", tmp_path / "stopped")
+    rewards(*arguments, "--out", tmp_path / "stopped")
+    for name in ("calibration.json", "calibration.jsonl", "rows.jsonl"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    for name, lines in (("calibration.jsonl", 21), ("rows.jsonl", 3)):  # as a kill within a batch leaves them
+        path = tmp_path / "stopped" / name
+        kept = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(kept[:lines]) + kept[lines][:30])
+    (tmp_path / "stopped" / "calibration.json").unlink()
     rewards(*arguments, "--out", tmp_path / "stopped")
     for name in ("calibration.json", "calibration.jsonl", "rows.jsonl"):
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
