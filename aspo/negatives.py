@@ -42,11 +42,11 @@ from aspo.scores import progress_bar
 from aspo.validate import IMAGE_PLACEHOLDER
 
 SETTINGS_FILE = "settings.json"
-READ_BY = {  # option -> the methods that read it; the others are read by all
+READ_BY = {  # option -> the methods that read it; the others may always be given (pixel_mean tells of the model)
     "duplicate": POOLED,
     **dict.fromkeys(("candidates", "beta_div", "temperature", "latents", "sae_steps"), ("misp",)),
     "crop_scale": ("crop",),
-    **dict.fromkeys(("noise_step", "pixel_mean", "pixel_std"), ("noise",)),
+    "noise_step": ("noise",),
 }
 Row = Mapping[str, Any]
 
@@ -225,8 +225,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("crop and noise")
     own.add_argument("--crop-scale", type=float, nargs=2, help="share of the image's area (default: 0.01 0.2)")
     own.add_argument("--noise-step", type=int, help="diffusion step, 0 to 999 (default: 500)")
-    own.add_argument("--pixel-mean", type=float, nargs=3, help="of the model's image processor (default: CLIP's)")
-    own.add_argument("--pixel-std", type=float, nargs=3, help="of the model's image processor (default: CLIP's)")
+    own.add_argument(
+        "--pixel-mean", type=float, nargs=3, help="noise: of the model's image processor (default: CLIP's)"
+    )
+    own.add_argument("--pixel-std", type=float, nargs=3, help="noise: of the model's image processor (default: CLIP's)")
 
 
 def read_options(args: argparse.Namespace) -> Options:

@@ -202,6 +202,12 @@ def test_hard_and_random_never_pick_the_image_itself_or_near_duplicates():
     assert drawn[0][0].log_q == [-math.log(len(allowed))] * 3
 
 
+def test_without_a_scorer_the_image_itself_is_known_by_its_content():
+    pool = read_pool([{"images": [colour(n)]} for n in range(5)])
+    made = pick_from_pool([{"id": "a"}], [pool.keys[2]], None, None, pool, Options("random", 4))
+    assert {image_key(entry) for entry in made[0].images} == {*pool.keys} - {pool.keys[2]}
+
+
 def test_crop_boxes_have_the_area_and_ratio_that_were_asked():
     g = torch.Generator().manual_seed(0)
     boxes = [crop_box((200, 300), (0.01, 0.2), g) for _ in range(400)]
