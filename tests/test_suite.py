@@ -11,6 +11,7 @@ import torch
 from suite_judge import serve
 from tiny import tiny_image, tiny_llava
 
+from aspo import cli
 from aspo import evaluate as command
 from aspo.generation import Answer
 from aspo.metrics import summarise
@@ -501,3 +502,14 @@ def test_a_real_model_end_to_end(tmp_path, llava, suite, judged, figure):
     assert all(1 <= item["tokens"] <= 6 for item in result["items"])
     assert len(result["items"]) == len(OWN[suite].load(Source(root)))
     assert (tmp_path / "out.answers.json").is_file()
+
+
+def test_a_report_shows_the_benchmark_s_figures(tmp_path, stub, capsys):
+    root = files("mmvp", tmp_path)
+    for name, said in (("base", ["(a)"] * 6), ("better", ["(a)", "(b)"] * 3)):
+        stub(said)
+        command.run(arguments(tmp_path, "mmvp", root, out=tmp_path / f"{name}.json"))
+    evals = [str(tmp_path / f"{name}.json") for name in ("base", "better")]
+    assert cli.main(["report", "--evals", *evals, "--out", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "MMVP" in page and "pair accuracy" in page and "+100.0" in page
