@@ -1,0 +1,535 @@
+"""`aspo compare`: intervals and tests by hand, the grid's rule, going on after a stop, and what is written."""
+
+import argparse
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.numpy import save_file
+from tiny import tiny_llava, tiny_rows
+
+import aspo
+from aspo import cli, compare, compare_grid, compare_work
+from aspo.compare_grid import candidates, choose, keeps_form, match_kl, next_rate
+from aspo.compare_plan import START, Scenes, System, budgeted, load_declared, make_run, systems_of
+from aspo.compare_statistics import Table, holm, interval, resampled, seed_interval, t_cdf, t_interval, t_quantile
+from aspo.compare_table import analyse, judge, markdown, write_all
+from aspo.compare_work import answer_kl, is_done, read_counts
+from aspo.figures import ratio
+from aspo.model import load_model
+from aspo.recipe import load_recipe
+
+ROOT = Path(aspo.__file__).parent.parent / "recipes"
+ACCURACY = ratio("accuracy", "accuracy", "right", "asked")
+
+
+@pytest.fixture(autouse=True)
+def commands(monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "controls", ("aspo.controls", ""))
+
+
+# ---- statistics ----
+
+
+@pytest.mark.parametrize(
+    ("freedom", "expected"), [(1, 12.706), (2, 4.303), (3, 3.182), (7, 2.365), (10, 2.228), (30, 2.042)]
+)
+def test_t_is_that_of_the_tables(freedom, expected):
+    assert t_quantile(0.975, freedom) == pytest.approx(expected, abs=6e-4)
+    assert t_cdf(expected, freedom) == pytest.approx(0.975, abs=1e-4)
+    assert t_cdf(-expected, freedom) == pytest.approx(0.025, abs=1e-4) and t_cdf(0.0, freedom) == 0.5
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.01, math.nan], 5)[0] == pytest.approx(0.05)  # those that were not run count too
+    assert math.isnan(holm([0.01, math.nan], 5)[1]) and holm([0.6, 0.9]) == [1.0, 1.0]
+
+
+def _table(right):
+    right = np.asarray(right, dtype=np.float64)
+    return Table(np.stack([right, np.ones_like(right)], axis=-1), ("right", "asked"))
+
+
+def test_both_seeds_and_scenes_are_resampled():
+    """Where only one of the two matters, the resamples' spread is that factor's own standard error."""
+    rng = np.random.default_rng(0)
+    by_seed, by_scene = rng.random((8, 1)), rng.random((1, 500))
+    values = resampled(
+        {"a": _table(np.repeat(by_seed, 500, 1)), "b": _table(np.repeat(by_scene, 8, 0))}, [ACCURACY], 4000
+    )
+    a, b = values["a"]["accuracy"], values["b"]["accuracy"]
+    assert (a[0], b[0]) == pytest.approx((by_seed.mean(), by_scene.mean())) and len(a) == 4001
+    assert a[1:].std() == pytest.approx(by_seed.std() / math.sqrt(8), rel=0.05)
+    assert b[1:].std() == pytest.approx(by_scene.std() / math.sqrt(500), rel=0.05)
+
+
+def test_differences_are_paired():
+    rng = np.random.default_rng(0)
+    right = rng.random((4, 200)) < 0.5
+    values = resampled({"a": _table(right), "b": _table(right), "c": _table(right * 0.9)}, [ACCURACY], 200)
+    same = interval(values["a"]["accuracy"] - values["b"]["accuracy"], 4)
+    assert (same.value, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
+    other = interval(values["a"]["accuracy"] - values["c"]["accuracy"], 4)
+    alone = interval(values["a"]["accuracy"], 4)
+    assert other.value == pytest.approx(0.1 * right.mean())
+    assert other.high - other.low == pytest.approx(0.1 * (alone.high - alone.low))
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(ValueError, match=r"differ in \(seeds, scenes\)"):
+        resampled({"a": _table(np.ones((2, 5))), "b": _table(np.ones((3, 5)))}, [ACCURACY])
+    with pytest.raises(ValueError, match="b has no counts of asked"):
+        resampled({"a": _table(np.ones((2, 5))), "b": Table(np.ones((2, 5, 1)), ("right",))}, [ACCURACY])
+    assert math.isnan(interval(np.array([0.5, 0.4, 0.6]), seeds=1).low)  # one seed has no spread
+
+
+def coverage(trials, seeds, scenes, seed_sd, system_by_scene_sd, noise_sd, resamples=400):
+    """Share of intervals that hold the true difference, 0: (t on resamples, their percentiles, t over seeds alone).
+
+    docs/evidence.md has these for 400 trials and several worlds.
+    """
+    rng = np.random.default_rng(1)
+    held = np.zeros(3)
+    for trial in range(trials):
+        scene = rng.normal(0, 1, scenes)
+
+        def system(scene=scene):
+            by_scene, by_seed = rng.normal(0, system_by_scene_sd, (1, scenes)), rng.normal(0, seed_sd, (seeds, 1))
+            return rng.normal(0, noise_sd, (seeds, scenes)) + scene + by_scene + by_seed > 0
+
+        a, b = system(), system()
+        values = resampled({"a": _table(a), "b": _table(b)}, [ACCURACY], resamples, seed=trial)
+        difference = values["b"]["accuracy"] - values["a"]["accuracy"]
+        ours, alone = interval(difference, seeds), seed_interval((b.mean(1) - a.mean(1)).tolist())
+        low, high = np.percentile(difference[1:], [2.5, 97.5])
+        held += [ours.low <= 0 <= ours.high, low <= 0 <= high, alone.low <= 0 <= alone.high]
+    return held / trials
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """Also where seeds alone would not: their intervals leave out what other scenes would have given."""
+    t, _, seeds_alone = coverage(80, 8, 300, 0.02, 0.3, 0.1)
+    assert t >= 0.93 and seeds_alone < 0.85
+    t, percentiles, _ = coverage(80, 4, 300, 0.3, 0.05, 0.05)
+    assert t >= 0.9 and percentiles < t
+
+
+# ---- what is declared ----
+
+DECLARED = {
+    "baseline": "DPO",
+    "model": "world",
+    "data": "world:train",
+    "prompts": 32,
+    "test": {"data": "world:test", "scenes": 20, "skip": 5, "minimal_pairs": 1},
+    "validation": {"data": "world:validation", "scenes": 10},
+    "budget": {"max_steps": 6},
+    "grid": {"learning_rate": [1e-4, 2e-4], "beta_times": [1, 3], "seed": 100},
+    "comparisons": [{"system": "ASPO", "against": "DPO", "direction": "higher", "expected_by": "paper"}],
+}
+
+
+def _declared(tmp_path, **changes):
+    path = tmp_path / "declared.yaml"
+    path.write_text(yaml.safe_dump({**DECLARED, **changes}))
+    return load_declared(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"comparison": []}, "unknown key 'comparison'; did you mean 'comparisons'"),
+        ({"test": {"data": "x", "scene": 3}}, "test: unknown key 'scene'"),
+        ({"grid": {"beta": [1]}}, "grid: unknown key 'beta'"),
+        ({"form": {"token": 1}}, "form: unknown key 'token'"),
+        ({"primary": "minimal_pairs"}, "unknown figure 'minimal_pairs'"),
+        ({"comparisons": [{"system": "A", "against": "B", "direction": "up"}]}, "unknown direction 'up'"),
+        ({"comparisons": [{"system": "A", "direction": "none"}]}, "needs system, against and direction"),
+    ],
+)
+def test_a_bad_declaration_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        _declared(tmp_path, **changes)
+
+
+def test_the_shipped_declarations_can_be_read():
+    for path in ROOT.glob("*.yaml"):
+        if path.name != "chosen.yaml":
+            declared = load_declared(path)
+            assert declared.test.skip >= 1000 and declared.test.scenes >= 5000  # not those that the demo has opened
+
+
+@pytest.mark.parametrize(
+    ("direction", "value", "p", "verdict"),
+    [
+        ("higher", 1.0, 0.04, "agrees"),
+        ("higher", -1.0, 0.04, "disagrees"),
+        ("higher", 1.0, 0.06, "cannot tell"),
+        ("lower", -1.0, 0.01, "agrees"),
+        ("lower", 1.0, 0.01, "disagrees"),
+        ("none", 1.0, 0.01, "disagrees: higher"),
+        ("none", 1.0, 0.5, "no difference shown"),
+        ("higher", 1.0, math.nan, "cannot tell"),
+    ],
+)
+def test_verdicts(direction, value, p, verdict):
+    assert judge(direction, t_interval(value, 0.4, 7), p) == verdict
+    assert judge(direction, None, math.nan) == "not run"
+
+
+def test_every_system_has_the_declared_budget(tmp_path):
+    declared = _declared(tmp_path)
+    paths = [ROOT / "world" / f"{name}.yaml" for name in ("dpo", "aspo_s")]
+    systems = systems_of(paths, declared)
+    assert [system.name for system in systems] == ["DPO", "ASPO-S"]
+    for system in systems:
+        assert system.recipe.final.options["max_steps"] == 6 and system.recipe.final.options["save_strategy"] == "no"
+        assert system.recipe.data[0].options["limit"] == 32
+    thrice = dataclasses.replace(load_recipe(paths[0]), iterations=3)
+    assert budgeted(thrice, declared).final.options["max_steps"] == 2
+    with pytest.raises(ValueError, match="'DPO' is taken"):
+        systems_of([paths[0], paths[0]], declared)
+    with pytest.raises(ValueError, match="no recipe is the baseline 'DPO'"):
+        systems_of(paths[1:], declared)
+
+
+def test_a_run_is_known_by_all_that_decides_its_figures(tmp_path):
+    declared = _declared(tmp_path)
+    (dpo,) = systems_of([ROOT / "world" / "dpo.yaml"], declared)
+
+    def key(system=dpo, seed=0, scenes=declared.test, source=("m", "d")):
+        return make_run(system, seed, scenes, declared, tmp_path, dict(zip(("model", "data"), source, strict=True))).key
+
+    others = [
+        key(System("DPO", dpo.recipe, {"train.learning_rate": 1.0})),
+        key(seed=1),
+        key(scenes=dataclasses.replace(declared.test, minimal_pairs=2)),
+        key(source=("other", "d")),
+        key(System(START, None)),
+    ]
+    assert key() == key(System("Another name", dpo.recipe)) and len({key(), *others}) == 6
+    sight = dataclasses.replace(dpo.recipe, test={"noise-step": 300})
+    run = make_run(System("DPO", sight), 0, declared.test, declared, tmp_path, {})
+    assert (run.scenes.noise_step, run.extra.noise_step) == (300, 300)
+
+
+# ---- the grid ----
+
+
+def _result(primary, rate, **changes):
+    good = {
+        "unparseable": 0.0,
+        "duplicate": 0.0,
+        "eos": 1.0,
+        "tokens": 26.0,
+        "coverage": 0.63,
+        "hallucinated_sentences": 0.3,
+    }
+    return {
+        "summary": {**good, "minimal_pair_accuracy": primary, **changes},
+        "settings": {"train.learning_rate": rate, "train.beta": 0.1},
+        "extra": {"kl": 1e4 * rate},
+        "scenes": 10,
+    }
+
+
+STARTED = _result(0.48, 0.0)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [{"unparseable": 0.02}, {"duplicate": 0.02}, {"eos": 0.98}, {"tokens": 24.0}, {"tokens": 28.0}, {"coverage": 0.6}],
+)
+def test_a_run_that_lost_its_form_is_not_chosen(tmp_path, lost):
+    declared = _declared(tmp_path)
+    better, worse = _result(0.6, 2e-4, **lost), _result(0.5, 1e-4)
+    assert len(keeps_form(better, STARTED, declared.form)) == 1 and not keeps_form(worse, STARTED, declared.form)
+    assert choose([better, worse], STARTED, declared) == (worse, True)
+    assert choose([better], STARTED, declared) == (better, False)
+
+
+def test_the_best_is_chosen_and_of_equals_the_smallest_step(tmp_path):
+    declared = _declared(tmp_path)
+    runs = [_result(0.5, 3e-4), _result(0.6, 2e-4, coverage=0.7), _result(0.6, 1e-4)]
+    assert choose(runs, STARTED, declared) == (runs[2], True)
+    bad = [_result(0.5, 3e-4, eos=0.0), _result(0.6, 2e-4, eos=0.0)]
+    assert choose(bad, STARTED, declared) == (bad[1], False)
+
+
+def test_every_system_gets_the_same_grid(tmp_path):
+    declared = _declared(tmp_path)
+    dpo, simpo, sft = (load_recipe(ROOT / "world" / f"{name}.yaml") for name in ("dpo", "simpo", "sft"))
+    assert [(c["train.learning_rate"], c["train.beta"]) for c in candidates(dpo, declared)] == [
+        (1e-4, 0.1),
+        (2e-4, 0.1),
+        (1e-4, pytest.approx(0.3)),
+        (2e-4, pytest.approx(0.3)),
+    ]
+    assert {c["train.beta"] for c in candidates(simpo, declared)} == {2.0, 6.0}
+    assert candidates(sft, declared) == [{"train.learning_rate": 1e-4}, {"train.learning_rate": 2e-4}]
+    default = dataclasses.replace(dpo, final=dataclasses.replace(dpo.final, options={"loss_type": "simpo"}))
+    assert {c["train.beta"] for c in candidates(default, declared)} == {2.0, 6.0}
+
+
+def test_a_divergence_is_matched_by_interpolation():
+    assert next_rate({1e-4: 1.0, 4e-4: 16.0}, 4.0) == pytest.approx(2e-4)
+    assert next_rate({1e-4: 1.0, 4e-4: 16.0}, 20.0) == pytest.approx(6e-4)
+    assert next_rate({1e-4: 1.0, 4e-4: 16.0}, 0.5) == pytest.approx(6.67e-5)
+    tried = []
+
+    def run_all(systems):
+        (system,) = systems
+        rate = system.settings["train.learning_rate"]
+        tried.append(rate)
+        result = {**_result(0.5, rate), "extra": {"kl": 1e9 * rate**2.5}}
+        return {(system.name, compare_grid.as_key(system.settings)): result}
+
+    known = [{**_result(0.5, rate), "extra": {"kl": 1e9 * rate**2.5}} for rate in (1e-4, 3e-4)]
+    found = match_kl(System("twin", None), 1e9 * 5e-4**2.5, known, run_all)
+    assert found[-1]["extra"]["kl"] == pytest.approx(1e9 * 5e-4**2.5, rel=0.1) and len(tried) == len(found) <= 3
+
+
+def test_the_grid_writes_what_it_tried_and_chose(tmp_path):
+    matched = [{"system": "DPO at ASPO-S's KL", "recipe_of": "DPO", "kl_of": "ASPO-S"}]
+    declared = _declared(tmp_path, matched=matched)
+    systems = systems_of([ROOT / "world" / f"{name}.yaml" for name in ("dpo", "aspo_s")], declared)
+
+    def run_all(wanted):
+        made = {}
+        for system in wanted:
+            rate = system.settings.get("train.learning_rate", 0.0)
+            result = _result(0.48 + 100 * rate, rate)
+            if system.name == "ASPO-S":
+                result["extra"]["kl"] *= 3
+            made[system.name, compare_grid.as_key(system.settings)] = {**result, "settings": system.settings}
+        return made
+
+    chosen = yaml.safe_load(compare_grid.run_grid(systems, declared, run_all, tmp_path).read_text())
+    assert {name: settings["train.learning_rate"] for name, settings in chosen.items()} == {
+        "DPO": 2e-4,
+        "ASPO-S": 2e-4,
+        "DPO at ASPO-S's KL": pytest.approx(6e-4, rel=0.12),
+    }
+    table = (tmp_path / "grid.md").read_text()
+    assert table.count("| DPO |") == 4 and table.count("chosen") == 3 and "0.4800" in table
+
+
+# ---- running, stopping, going on ----
+
+
+class Work:
+    """Stands in for `compare_work.work`: notes tasks and makes results; fails for names in `fail`, ends after `stop`."""
+
+    def __init__(self):
+        self.done, self.fail, self.stop = [], (), None
+
+    def __call__(self, task):
+        name = task.system.name if hasattr(task, "system") else task.folder.name.split("-")[0]
+        if self.stop is not None and len(self.done) >= self.stop:
+            raise KeyboardInterrupt
+        if name in self.fail:
+            return {"name": name, "seconds": 1.0, "error": "it broke"}
+        self.done.append(name)
+        if hasattr(task, "system"):
+            _fake_run(task)
+        else:
+            task.marker.parent.mkdir(parents=True, exist_ok=True)
+            task.marker.write_text("{}")
+        return {"name": name, "seconds": 1.0, "error": None}
+
+
+GAIN = {START: 0.0, "DPO": 0.05, "ASPO": 0.15}
+
+
+def _fake_run(run, scenes=60):
+    rng = np.random.default_rng(run.seed + 7)
+    names = ["pairs", "pairs_right", "checkable_sentences", "false_sentences", "covered_facts", "stateable", "answers"]
+    names += ["tokens", "item_rate", "items_with_rate", "sentences", "prior_pairs", "prior_pairs_right"]
+    counts = np.ones((scenes, len(names)))
+    counts[:, 1] = rng.random(scenes) < 0.5 + GAIN.get(run.system.name, 0.0)
+    counts[:, 7] = 26 if run.system.name != "ASPO" else 20
+    run.folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"names": json.dumps(names), "ids": json.dumps([str(k) for k in range(scenes)])}
+    save_file({"counts": counts}, run.folder / compare_work.COUNTS, metadata=metadata)
+    history = [{"step": s, "rewards/chosen": 0.1 * s, "rewards/rejected": -0.1 * s} for s in (5, 10)]
+    (run.folder / "train" / "model").mkdir(parents=True, exist_ok=True)
+    (run.folder / "train" / "model" / "log_history.json").write_text(json.dumps([*history, {"step": 10, "runtime": 3}]))
+    run.result.write_text(
+        json.dumps(
+            {
+                "key": run.key,
+                "settings": run.system.settings,
+                "seconds": {"train": 2.0},
+                "extra": {"kl": 1.0 + run.seed, "image_gap": 3.0},
+            }
+        )
+    )
+
+
+@pytest.fixture
+def work(monkeypatch):
+    work = Work()
+    monkeypatch.setattr(compare, "work", work)
+    return work
+
+
+def _arguments(tmp_path, *more, names=("dpo", "aspo")):
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    recipes = [str(ROOT / "world" / f"{name}.yaml") for name in names]
+    (tmp_path / "chosen.yaml").write_text(
+        yaml.safe_dump({"DPO": {"train.learning_rate": 1e-4}, "ASPO": {"train.learning_rate": 2e-4}})
+    )
+    given = [*recipes, "--declared", tmp_path / "declared.yaml", "--out", tmp_path / "out", *more]
+    return parser.parse_args(list(map(str, given)))
+
+
+def test_it_goes_on_where_it_was_stopped(tmp_path, work, capsys):
+    _declared(tmp_path, curves=["DPO"])
+    arguments = _arguments(tmp_path, "--seeds", 3)
+    work.stop = 9  # 3 seeds x (pairs, score), then runs
+    with pytest.raises(KeyboardInterrupt):
+        compare.run(arguments)
+    first = list(work.done)
+    assert sorted(first[:6]) == ["pairs"] * 3 + ["score"] * 3
+    work.stop = None
+    assert compare.run(arguments) == 0
+    assert sorted(work.done[6:]) == ["ASPO"] * 3 + ["DPO"] * 3 + [START]
+    assert "3 done before; 0 data steps" in capsys.readouterr().out
+    done = len(work.done)
+    table = (tmp_path / "out" / "table.md").read_bytes(), (tmp_path / "out" / "differences.svg").read_bytes()
+    assert compare.run(arguments) == 0 and len(work.done) == done
+    assert table == ((tmp_path / "out" / "table.md").read_bytes(), (tmp_path / "out" / "differences.svg").read_bytes())
+    assert (tmp_path / "out" / "rewards.svg").is_file()
+
+
+def test_a_half_made_run_is_made_again(tmp_path, work):
+    _declared(tmp_path)
+    assert compare.run(_arguments(tmp_path, "--seeds", 2)) == 0
+    (result,) = (tmp_path / "out" / "runs" / "dpo").glob("seed-1-*/result.json")
+    stray = result.with_name("stray")
+    stray.write_text("left by a kill")
+    result.write_text('{"key": "cut o')
+    before = len(work.done)
+    assert compare.run(_arguments(tmp_path, "--seeds", 2)) == 0
+    assert work.done[before:] == ["DPO"] and not stray.exists()
+
+
+def test_a_failure_is_told_and_the_others_go_on(tmp_path, work, capsys):
+    _declared(tmp_path)
+    work.fail = ("ASPO",)
+    assert compare.run(_arguments(tmp_path, "--seeds", 2)) == 1
+    said = capsys.readouterr()
+    assert said.err.count("failed: ASPO: it broke") == 2 and "not run" in said.out and "**Failed: ASPO" in said.out
+    assert (tmp_path / "out" / "table.md").is_file()
+    work.fail = ("score",)
+    assert compare.run(_arguments(tmp_path, "--seeds", 3)) == 1  # ASPO's new seed waits for its step
+    assert "ASPO, seed 2: one of its data steps failed" in capsys.readouterr().err
+    work.fail = ("DPO",)
+    with pytest.raises(ValueError, match="baseline 'DPO' is not complete"):
+        compare.run(_arguments(tmp_path, "--seeds", 4))
+
+
+def test_settings_must_be_chosen_and_one_works_at_a_time(tmp_path, work):
+    _declared(tmp_path)
+    arguments = _arguments(tmp_path)
+    (tmp_path / "chosen.yaml").write_text("DPO: {}\n")
+    with pytest.raises(ValueError, match="no settings for 'ASPO'"):
+        compare.run(arguments)
+    (tmp_path / "chosen.yaml").unlink()
+    with pytest.raises(ValueError, match="choose settings with --grid first"):
+        compare.run(arguments)
+    (tmp_path / "out").mkdir(exist_ok=True)
+    with compare.locked(tmp_path / "out"), pytest.raises(ValueError, match="another `aspo compare`"):
+        compare.run(_arguments(tmp_path))
+    assert work.done == []
+
+
+def test_dry_run_and_quick_leave_test_scenes_closed(tmp_path, work, monkeypatch, capsys):
+    declared = _declared(tmp_path)
+    assert compare.run(_arguments(tmp_path, "--seeds", 2, "--dry-run")) == 0
+    assert work.done == [] and "5 runs, 0 done before; 4 data steps to do" in capsys.readouterr().out
+    small = compare.quick(declared)
+    assert small.test.data == small.validation.data == "world:validation"
+    assert compare.run(_arguments(tmp_path, "--quick")) == 0
+    assert "SMOKE RUN" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_the_table_says_what_was_declared_and_what_is_fair(tmp_path):
+    comparisons = [*DECLARED["comparisons"], {"system": "MISP-DPO", "against": "DPO", "direction": "higher"}]
+    declared = _declared(tmp_path, comparisons=comparisons)
+    runs = {}
+    for system in [System(START, None), *systems_of([ROOT / "world" / f"{n}.yaml" for n in ("dpo", "aspo")], declared)]:
+        runs[system.name] = [make_run(system, seed, declared.test, declared, tmp_path, {}) for seed in range(4)]
+        for run in runs[system.name]:
+            _fake_run(run, scenes=800)
+    tables = {name: read_counts(of) for name, of in runs.items()}
+    outcome = analyse(tables, runs, declared, resamples=500)
+    first, second = outcome.verdicts
+    p = outcome.differences["ASPO"]["minimal_pair_accuracy"].p
+    assert (first.verdict, second.verdict) == ("agrees", "not run")
+    assert first.p_holm == pytest.approx(2 * p)  # of two declared, though one was not run
+    assert first.difference.value == pytest.approx(0.1, abs=0.03)
+    assert outcome.fair == {START: True, "DPO": True, "ASPO": False}  # ASPO's answers are shorter
+    assert outcome.extra["DPO"]["kl"].value == pytest.approx(2.5)
+    write_all(outcome, tmp_path, {})
+    text = markdown(outcome)
+    assert "| MISP-DPO − DPO | higher |  | − |  | not run |" in text and "| ASPO − DPO | higher | paper |" in text
+    lines = (tmp_path / "figures.csv").read_text().splitlines()
+    assert any(line.startswith("ASPO,minimal_pair_accuracy,") for line in lines)
+    assert json.loads((tmp_path / "table.json").read_text())["verdicts"][0]["verdict"] == "agrees"
+    with pytest.raises(ValueError, match="other scenes or counts"):
+        _fake_run(runs["DPO"][1], scenes=700)
+        read_counts(runs["DPO"])
+
+
+def test_a_worker_tells_of_an_error_and_keeps_its_words(tmp_path, monkeypatch):
+    declared = _declared(tmp_path)
+    (dpo,) = systems_of([ROOT / "world" / "dpo.yaml"], declared)
+    run = make_run(dpo, 0, declared.test, declared, tmp_path, {})
+
+    def broken(*_):
+        print("what it was doing")
+        raise ValueError("no\nluck")
+
+    monkeypatch.setattr(compare_work, "run_recipe", broken)
+    outcome = compare_work.work(run)
+    assert outcome["name"] == "DPO, seed 0" and outcome["error"].startswith("no luck (log: ")
+    assert "what it was doing" in (run.folder / "log.txt").read_text() and not is_done(run)
+
+
+def test_the_divergence_of_answers_is_that_of_the_logits(tmp_path):
+    """KL(model || start) summed over the answer's tokens, both ways of computing it."""
+    start, processor = load_model(tiny_llava(tmp_path))
+    model, _ = load_model(tmp_path)
+    rows = tiny_rows(3)
+    assert answer_kl(model, start, processor, rows) == pytest.approx(0.0, abs=1e-6)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(3.0)
+    total = 0.0
+    for row in rows:
+        batch = compare_work.Collator(processor, responses=("chosen",))([row])
+        with torch.no_grad():
+            p, q = (m(**batch["model_inputs"]).logits.flatten(0, 1).double().log_softmax(-1) for m in (model, start))
+        kept = batch["layout"].hidden_index
+        total += float((p[kept].exp() * (p[kept] - q[kept])).sum())
+    assert answer_kl(model, start, processor, rows) == pytest.approx(total / 3, rel=1e-4)
+    assert total > 0.01
+
+
+@pytest.mark.slow
+def test_quick_for_real(tmp_path, capsys):
+    """Two systems and two seeds through every command, in two processes."""
+    arguments = ["compare", *(str(ROOT / "world" / f"{n}.yaml") for n in ("dpo", "aspo"))]
+    arguments += ["--declared", str(ROOT / "declared.yaml"), "--quick", "--jobs", "2", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    assert "SMOKE RUN" in capsys.readouterr().out
+    assert len(list((tmp_path / "cache").glob("pairs-*.done.json"))) == 2  # one for each seed, for both systems
+    assert len(list((tmp_path / "runs").glob("*/*/result.json"))) == 5
+    assert Scenes("world:validation", 32, 0, 2) == compare.quick(load_declared(ROOT / "declared.yaml")).test
