@@ -388,6 +388,8 @@ def test_what_both_sides_share_is_the_same_tokens(vlm, tmp_path):
         starts = [claim.start for claim in sentinel.judge_text(row["chosen"], Scene.from_json(row["scene"]))]
         shared = sum(end <= starts[-1] for _, end in offsets[:-1])
         assert chosen[:shared] == rejected[:shared] and chosen[shared:] != rejected[shared:]
+        read = Collator(processor)([row])["layout"].targets.tolist()
+        assert read == chosen[:-1] + rejected[:-1]  # no end-of-turn token is taught
         assert shared == 5 * (len(starts) - 1)  # of the world's sentences all have five tokens
         verdicts = [pairs_judge(row[c], row["scene"]) for c in ("chosen", "rejected")]
         assert not any(verdicts[0]) and verdicts[1][-1] and verdicts[0][:-1] == verdicts[1][:-1]
@@ -487,7 +489,7 @@ def test_rows_that_do_not_fit(tmp_path):
     write_rows(tmp_path / "two", [{**row, "images": row["images"] * 2}])
     write_rows(tmp_path / "blind", [{k: v for k, v in row.items() if k != "scene"}])
     out = ("--out", tmp_path / "out")
-    with pytest.raises(ValueError, match="row 'a': it has 2 images; sentences are scored against exactly one"):
+    with pytest.raises(ValueError, match="row 'a': it has 2 images; sentences are judged against exactly one"):
         command("--method", "csr", *METHODS["csr"], "--data", tmp_path / "two", *out)
     with pytest.raises(ValueError, match="row 'a': --judge truth needs its 'scene'"):
         command("--method", "sentinel", *METHODS["sentinel"], "--data", tmp_path / "blind", *out)

@@ -68,10 +68,9 @@ def check(rows: Sequence[Row], options: Options) -> None:
         raise ValueError(
             f"--temperature is {options['temperature']:g}; next sentences are sampled, so it must be above 0"
         )
-    if options["scorer"] is not None:
-        for row in rows:
-            if (images := len(image_entries(row))) > 1:
-                raise ValueError(f"{row_name(row)}: it has {images} images; sentences are scored against exactly one")
+    for row in rows:
+        if (images := len(image_entries(row))) > 1:
+            raise ValueError(f"{row_name(row)}: it has {images} images; sentences are judged against exactly one")
 
 
 def load_sampler(options: Options, load: Load, with_logps: bool) -> Sampler:
