@@ -1,9 +1,9 @@
 """Figures of negatives that were picked: how false the chosen response is of them, how far they lie apart.
 
 Where the truth of an image is known (the embedded world's `scene`, `negative_scenes`), each sentence of the chosen
-response is judged against each negative. What a crop shows is the objects whose grid cell's centre it holds; sizes and
-places in it are those of the whole picture, so only claims about colours, objects and counts are judged rightly. Noise
-changes no truth, only what can be seen.
+response is judged against each negative. A crop shows the objects of whose middle (the 16 x 16 pixels around the grid
+cell's centre) it holds half or more; sizes and places in it are those of the whole picture, so that only claims about
+colours, objects and counts are judged rightly. Noise changes no truth, only what can be seen.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from aspo.validate import response_text
 
+MIDDLE = 16  # pixels of the side of a cell's middle, about an object's
 Row = Mapping[str, Any]
 Mark = tuple[str, bool | None]  # a sentence, and whether it is true of an image; None = cannot be judged
 
@@ -39,14 +40,17 @@ def mean_of_rows(values: Sequence[float]) -> Mean | None:
 
 
 def scene_in_box(scene: Mapping[str, Any], box: tuple[int, int, int, int]) -> dict[str, Any]:
-    """The scene of the objects whose cell's centre lies within a box of (left, top, right, bottom) pixels."""
+    """The scene of the objects that a part of the picture shows; box: (left, top, right, bottom) pixels."""
     from aspo.world.scenes import CELL, PLACES
 
     left, top, right, bottom = box
     seen = []
     for thing in scene["things"]:
         row, column = divmod(PLACES.index(thing["place"]), 3)
-        if left <= (column + 0.5) * CELL <= right and top <= (row + 0.5) * CELL <= bottom:
+        x, y = (column + 0.5) * CELL, (row + 0.5) * CELL
+        width = min(right, x + MIDDLE / 2) - max(left, x - MIDDLE / 2)
+        height = min(bottom, y + MIDDLE / 2) - max(top, y - MIDDLE / 2)
+        if width > 0 and height > 0 and width * height >= MIDDLE**2 / 2:
             seen.append(thing)
     return {**scene, "things": seen}
 

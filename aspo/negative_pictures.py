@@ -18,7 +18,7 @@ from aspo.validate import response_text
 
 TRUE_COLOUR, FALSE_COLOUR, PLAIN = "#2a7f4f", "#b3261e", "#333333"
 LATENTS_SHOWN = 8
-LINES, WIDTH = 7, 34  # of the text below an image
+LINES, WIDTH = 8, 34  # of the text below an image; what goes beyond is not shown
 Row = Mapping[str, Any]
 
 
@@ -106,17 +106,17 @@ def plot_grid(rows: Sequence[Row], root: Path, path: Path, title: str, limit: in
     """
     rows = rows[:limit]
     columns = 1 + max(len(row["negative_images"]) for row in rows)
-    figure = Figure(figsize=(2.1 * columns, (2.1 + 0.14 * LINES) * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for axes_row, row in zip(grid, rows, strict=True):
+    figure = Figure(figsize=(2.1 * columns, 3.1 * len(rows)), layout="constrained")
+    grid = figure.subplots(2 * len(rows), columns, squeeze=False, height_ratios=[2.1, 1] * len(rows))
+    for axes in grid.flat:
+        axes.axis("off")
+    for above, below, row in zip(grid[::2], grid[1::2], rows, strict=True):
         images = load_images(row, root=root) + load_images(row, "negative_images", root)
         scenes = [row.get("scene"), *(row.get("negative_scenes") or [None] * len(images[1:]))]
-        for axes in axes_row:
-            axes.axis("off")
-        for n, (axes, image, scene) in enumerate(zip(axes_row, images, scenes, strict=False)):
-            axes.imshow(image)
-            axes.set_title("right image" if n == 0 else f"negative {n}", fontsize=7)
-            _write_marks(axes, marks(response_text(row["chosen"]), scene))
+        for n, (image, scene) in enumerate(zip(images, scenes, strict=True)):
+            above[n].imshow(image)
+            above[n].set_title("right image" if n == 0 else f"negative {n}", fontsize=7)
+            _write_marks(below[n], marks(response_text(row["chosen"]), scene))
     figure.suptitle(f"{title}: sentences of the chosen response that are false of an image are red", fontsize=9)
     figure.savefig(path, dpi=110)
 
@@ -127,13 +127,14 @@ def marks(text: str, scene: Mapping[str, Any] | None) -> list[Mark]:
 
 
 def _write_marks(axes: Any, sentences: Sequence[Mark]) -> None:
-    line = 0
-    for sentence, truth in sentences:
-        sign = {True: "", False: "✗ ", None: ""}[truth]
-        colour = {True: TRUE_COLOUR, False: FALSE_COLOUR, None: PLAIN}[truth]
-        for part in textwrap.wrap(sign + sentence, WIDTH)[: LINES - line]:
-            axes.text(0, -0.03 - 0.07 * line, part, transform=axes.transAxes, fontsize=5.5, color=colour, va="top")
-            line += 1
+    colours = {True: TRUE_COLOUR, False: FALSE_COLOUR, None: PLAIN}
+    lines = [
+        (part, colours[truth])
+        for sentence, truth in sentences
+        for part in textwrap.wrap(("✗ " if truth is False else "") + sentence, WIDTH)
+    ]
+    for n, (part, colour) in enumerate(lines[:LINES]):
+        axes.text(0, 1 - n / LINES, part, transform=axes.transAxes, fontsize=5.5, color=colour, va="top")
 
 
 def plot_latents(

@@ -462,9 +462,11 @@ def test_truth_figures_by_hand():
 
 
 def test_a_crops_truth_is_what_it_shows():
-    things = scene(circle="red", star="blue", heart="green")["things"]  # top left, top, top right; cells of 24 pixels
-    assert scene_in_box(scene(circle="red", star="blue", heart="green"), (0, 0, 40, 40))["things"] == things[:2]
-    assert scene_in_box(scene(circle="red"), (13, 0, 72, 72))["things"] == []
+    whole = scene(circle="red", star="blue", heart="green")  # top left, top, top right: middles at x 4, 28, 52; y 4
+    assert [t["shape"] for t in scene_in_box(whole, (0, 0, 36, 40))["things"]] == ["circle", "star"]  # half of the star
+    assert [t["shape"] for t in scene_in_box(whole, (0, 0, 35, 40))["things"]] == ["circle"]
+    assert [t["shape"] for t in scene_in_box(whole, (16, 8, 72, 72))["things"]] == ["star", "heart"]
+    assert scene_in_box(whole, (0, 30, 72, 72))["things"] == []
 
 
 def test_similarity_and_reuse_by_hand():
