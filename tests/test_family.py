@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +46,9 @@ WAYS = [
 every_way = pytest.mark.parametrize(("name", "options"), WAYS, ids=lambda v: v if isinstance(v, str) else str(v or ""))
 
 
+DOCS = Path(__file__).parent.parent / "docs" / "objectives.md"
+
+
 def losses_of(name: str, options: dict, x: Inputs) -> torch.Tensor:
     return objectives.get(name)(x, **options).losses
 
@@ -52,6 +57,19 @@ def test_no_objective_is_left_out():
     """Those that other test files or the README register at run time aside, all of ours are in WAYS."""
     ours = {n for n in objectives.names() if objectives.get(n).function.__module__.startswith("aspo_kernels.")}
     assert ours == {name for name, _ in WAYS}
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in WAYS}))
+def test_the_docs_have_every_objective_with_its_options(name):
+    """docs/objectives.md: a row of the table and a section, which ends with the options as the code has them."""
+    text = DOCS.read_text()
+    assert f"[`{name}`](#{name})" in text
+    section = re.search(rf"^## {name}\n(.*?)(?=^## )", text, re.M | re.S).group(1)
+    listed = section.partition("- Options: ")[2]
+    given = dict(re.findall(r"`(\w+)=([^`]+)`", listed))
+    expected = objectives.options(name)
+    assert given == {key: str(v) if not isinstance(v, str) else f'"{v}"' for key, v in expected.items()}
+    assert expected or "- No options." in section
 
 
 @every_way
