@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tiny import tiny_image, tiny_rows
 
-from aspo import cli, negatives
+from aspo import cli, negative_report, negatives
 from aspo.data import load_rows, validate_rows, write_rows
 from aspo.embeddings import Embeddings, image_key
 from aspo.folder import append_row, load_images, read_lines
@@ -73,6 +73,14 @@ def made(tmp_path, monkeypatch):
     for n in range(40):
         colour(n).save(tmp_path / "pool" / ("deeper" if n % 2 else "") / f"{n:03}.png")
     return tmp_path
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """For tests that run the command often: pictures take most of its time."""
+    for name in ("plot_grid", "plot_projection"):
+        monkeypatch.setattr(negative_report, name, lambda *_: None)
+    monkeypatch.setattr(negatives, "plot_latents", lambda *_: None)
 
 
 def command(folder, *extra, method="misp", out="out", pool="pool"):
@@ -208,6 +216,13 @@ def test_without_a_scorer_the_image_itself_is_known_by_its_content():
     assert {image_key(entry) for entry in made[0].images} == {*pool.keys} - {pool.keys[2]}
 
 
+def test_a_pool_without_images_or_with_missing_ones_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the data holds no images"):
+        read_pool([{"images": []}])
+    with pytest.raises(ValueError, match=r"image .*gone\.png cannot be read: No such file"):
+        read_pool([{"images": [str(tmp_path / "gone.png")]}])
+
+
 def test_crop_boxes_have_the_area_and_ratio_that_were_asked():
     g = torch.Generator().manual_seed(0)
     boxes = [crop_box((200, 300), (0.01, 0.2), g) for _ in range(400)]
@@ -281,7 +296,7 @@ def test_every_method_gives_every_row_its_negatives(made, method, capsys):
 
 
 @pytest.mark.parametrize("method", ["misp", "random", "crop"])
-def test_a_run_that_was_stopped_ends_as_an_uninterrupted_one(made, method, monkeypatch):
+def test_a_run_that_was_stopped_ends_as_an_uninterrupted_one(made, no_pictures, method, monkeypatch):
     assert command(made, method=method, out="whole") == 0
     calls = []
 
@@ -328,7 +343,7 @@ def test_features_are_encoded_once_and_a_killed_run_keeps_them(tmp_path, made):
         Embeddings(tmp_path / "e", scorer)
 
 
-def test_candidates_limit_what_a_row_is_given(made):
+def test_candidates_limit_what_a_row_is_given(made, no_pictures):
     assert command(made, "--candidates", "5", "--count", "5") == 0
     for row in written(made)[:3]:
         assert len(set(row["negative_images"])) == 5
@@ -341,7 +356,7 @@ def test_the_pool_is_by_default_the_images_of_the_rows(made, capsys):
     assert {name for row in written(made)[:3] for name in row["negative_images"]} <= own
 
 
-def test_bad_input_is_one_line_and_loses_nothing(made, capsys):
+def test_bad_input_is_one_line_and_loses_nothing(made, no_pictures, capsys):
     def fails(message, *extra, **options):
         capsys.readouterr()
         assert command(made, *extra, **options) == cli.USAGE
