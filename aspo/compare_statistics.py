@@ -132,16 +132,15 @@ def t_quantile(probability: float, freedom: int) -> float:
     return (low + high) / 2
 
 
-def holm(p_values: Sequence[float], family: int | None = None) -> list[float]:
-    """Holm's adjusted p values (Scand. J. Statist. 6, 1979), in the order given; NaN stays NaN.
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p values (Scand. J. Statist. 6, 1979), in the order given.
 
-    family: how many comparisons were declared; more than are given where some were not run. Those count too.
+    NaN, of a comparison that was declared but not run, stays NaN and counts as one of the family.
     """
     order = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
-    size = len(p_values) if family is None else family
     adjusted = [math.nan] * len(p_values)
     largest = 0.0
     for rank, (p, index) in enumerate(order):
-        largest = max(largest, min(1.0, (size - rank) * p))
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p))
         adjusted[index] = largest
     return adjusted

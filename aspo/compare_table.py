@@ -103,7 +103,7 @@ def analyse(
         else None
         for c in declared.comparisons
     ]
-    adjusted = holm([math.nan if i is None else i.p for i in compared], len(declared.comparisons))
+    adjusted = holm([math.nan if i is None else i.p for i in compared])
     verdicts = [
         Verdict(comparison, found, p, judge(comparison["direction"], found, p))
         for comparison, found, p in zip(declared.comparisons, compared, adjusted, strict=True)

@@ -47,8 +47,9 @@ def test_t_is_that_of_the_tables(freedom, expected):
 
 def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.01, math.nan], 5)[0] == pytest.approx(0.05)  # those that were not run count too
-    assert math.isnan(holm([0.01, math.nan], 5)[1]) and holm([0.6, 0.9]) == [1.0, 1.0]
+    adjusted = holm([0.01, math.nan, math.nan])
+    assert adjusted[0] == pytest.approx(0.03) and math.isnan(adjusted[1])  # those that were not run count too
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
 
 
 def _table(right):
@@ -324,7 +325,7 @@ def test_the_grid_writes_what_it_tried_and_chose(tmp_path):
 
 
 class Work:
-    """Stands in for `compare_work.work`: notes tasks and makes results; fails for names in `fail`, ends after `stop`."""
+    """Stands in for `compare_work.work`: notes tasks, makes results; fails for names in `fail`, ends after `stop`."""
 
     def __init__(self):
         self.done, self.fail, self.stop = [], (), None
@@ -521,6 +522,19 @@ def test_the_divergence_of_answers_is_that_of_the_logits(tmp_path):
         total += float((p[kept].exp() * (p[kept] - q[kept])).sum())
     assert answer_kl(model, start, processor, rows) == pytest.approx(total / 3, rel=1e-4)
     assert total > 0.01
+
+
+def test_extra_figures_are_of_the_model_against_its_start(monkeypatch):
+    model, processor = load_model("world")
+    asked = []
+    monkeypatch.setattr(compare_work, "start_model", lambda name: name)
+    monkeypatch.setattr(compare_work, "answer_kl", lambda *given: asked.append(given) or 0.5)
+    found = compare_work.extra_figures(model, "its start", processor, Scenes("world:validation", 3))
+    ((of, start, _, rows),) = asked
+    assert of is model and start == "its start" and len(rows) == 3 and found["kl"] == 0.5
+    assert 5 < found["image_gap"] < 200  # the model does look: a true description needs the image
+    noised = compare_work.extra_figures(model, "its start", processor, Scenes("world:validation", 3, noise_step=999))
+    assert noised["image_gap"] < found["image_gap"]
 
 
 @pytest.mark.slow
