@@ -27,6 +27,7 @@ from aspo.validate import validate_rows
 from aspo.verifier import BARE_WORD, WORLD_TEMPLATE, Calibration, ScoredWord, Verifier, calibrate
 
 ANSWERS_FILE, CALIBRATION_FILE, PLOT_FILE = "calibration.jsonl", "calibration.json", "calibration.png"
+WEAK_AUC = 0.6  # below, the summary warns: the means differ, but hardly any word can be told from another
 Row = Mapping[str, Any]
 Answered = dict[str, Any]  # id, text, tokens, finished, words: [[start, end, entry, similarity, right | null], ...]
 
@@ -126,6 +127,7 @@ def summary(calibration: Calibration, answers: Sequence[Answered]) -> str:
         f"{counts['answers']} answers ({counts['unjudged']} could not be judged)",
         f"  mu_correct {calibration.mu_correct:.4f}, mu_hallucinated {calibration.mu_hallucinated:.4f}, "
         f"scale {calibration.scale:.4f}, AUC {calibration.auc:.3f}",
+        *([f"  an AUC below {WEAK_AUC}: these rewards are mostly noise"] if calibration.auc < WEAK_AUC else []),
         "  hallucinated most: " + ", ".join(f"{name} {count}" for name, count in named_most),
     ]
     if tower.get("own"):

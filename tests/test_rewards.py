@@ -4,6 +4,7 @@ import aspo  # isort: skip  # noqa: F401  (first: it makes torchvision importabl
 import argparse
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from tiny import tiny_clip, tiny_image
 
-from aspo.calibrate import answer_rows, calibration_of, judged_scores
+from aspo.calibrate import answer_rows, calibration_of, judged_scores, summary
 from aspo.cli import Parser
 from aspo.data import Collator, load_rows, validate_rows
 from aspo.evidence import bleu, correlation, rouge_l, sentence_truth
@@ -318,6 +319,13 @@ def test_changes_need_no_model(tmp_path):
     (start, end, score), (other, stop, _) = made["chosen_token_scores"][0], made["rejected_token_scores"][0]
     assert "cat" in row["chosen"][start:end] and "dog" in row["rejected"][other:stop] and score == 1.0
     assert "mat" not in row["chosen"][start:end]
+
+
+def test_the_summary_warns_of_a_weak_verifier():
+    found = calibrate([0.2, 0.4, 0.1, 0.35], [0.1, 0.35, 0.2, 0.38])
+    found = replace(found, counts={**found.counts, "answers": 4, "unjudged": 0})
+    assert found.auc < 0.6 and "mostly noise" in summary(found, [])
+    assert "mostly noise" not in summary(replace(found, auc=0.7), [])
 
 
 # --- evidence ---
