@@ -61,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, type=Path, help="folder for everything it makes")
     add("--seeds", type=int, default=8, help="trainings of each system, seeds 0, 1, ... (default: 8)")
     add("--jobs", type=int, default=1, help="processes, of one thread each (default: 1)")
-    add("--chosen", type=Path, help="settings of each system (default: chosen.yaml beside --declared)")
+    add(
+        "--chosen", type=Path, help="settings of each system (default: chosen/NAME beside --declared, of the same name)"
+    )
     add("--grid", action="store_true", help="choose the settings on validation scenes, and stop")
     add("--quick", action="store_true", help="a smoke run: two systems, two seeds, tiny sizes, validation scenes")
     add("--dry-run", action="store_true", help="check everything and say how much there is to do")
@@ -123,7 +125,8 @@ def grid(args: argparse.Namespace, declared: Declared, systems: Sequence[System]
 
     path = run_grid(systems, declared, run_all, args.out)
     print((args.out / "grid.md").read_text())
-    print(f"settings: {path}; copy it beside {declared.path} for the comparison")
+    kept = declared.path.parent / "chosen" / declared.path.name
+    print(f"settings: {path}; the comparison reads them from {kept}, or from --chosen")
     return report_failures(failed)
 
 
@@ -139,7 +142,11 @@ def keys(systems: Sequence[System], declared: Declared) -> dict[str, dict[str, s
 
 def compare(args: argparse.Namespace, declared: Declared, systems: Sequence[System]) -> int:
     """The comparison on test scenes."""
-    chosen = {} if args.quick else read_chosen(args.chosen or args.declared.with_name("chosen.yaml"), systems)
+    chosen = {}
+    if declared.grid and not args.quick:
+        chosen = read_chosen(args.chosen or args.declared.parent / "chosen" / args.declared.name, systems)
+    elif args.chosen is not None:
+        raise ValueError(f"--chosen {args.chosen} would not be read: this run uses the recipes' own settings")
     systems = [dataclasses.replace(system, settings=chosen.get(system.name, {})) for system in systems]
     sources = keys([System(START, None), *systems], declared)
     runs = {START: [make_run(System(START, None), 0, declared.test, declared, args.out, sources[declared.model])]}
@@ -158,10 +165,21 @@ def compare(args: argparse.Namespace, declared: Declared, systems: Sequence[Syst
     tables = {name: read_counts(of) for name, of in whole.items() if of}
     curves = {name: whole[name] for name in declared.curves if name in whole}
     outcome = analyse(tables, {name: of for name, of in whole.items() if of}, declared, failed, smoke=args.quick)
+    outcome.own_pairs.extend(own_pairs(whole, declared))
     write_all(outcome, args.out, curves)
     print(markdown(outcome))
     print(f"written to {args.out}: table.md, table.json, figures.csv, differences.svg")
     return report_failures(failed)
+
+
+def own_pairs(runs: Mapping[str, Sequence[Run]], declared: Declared) -> list[str]:
+    """Systems that do not train on the baseline's pairs: their first step is another one."""
+    shared = {planned.key for planned in first_data(runs[declared.baseline][0])[:1]}
+    return [
+        name
+        for name, of in runs.items()
+        if name != START and {planned.key for planned in first_data(of[0])[:1]} != shared
+    ]
 
 
 def report_failures(failed: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ class Outcome:
     seconds: dict[str, float]
     failed: list[str]
     smoke: bool = False
+    own_pairs: list[str] = field(default_factory=list)
 
     @property
     def fair(self) -> dict[str, bool]:
@@ -201,7 +202,13 @@ def markdown(outcome: Outcome) -> str:
         "",
         "Rates in per cent. *within 2 %*: coverage and length are both within 2 % of the baseline's; where they",
     ]
-    lines += ["are not, read the rate of hallucinated sentences beside coverage. Settings by system:", ""]
+    lines += ["are not, read the rate of hallucinated sentences beside coverage.", ""]
+    if outcome.own_pairs:
+        lines += [
+            f"On pairs or answers of their own, not on {declared.baseline}'s: {', '.join(outcome.own_pairs)}.",
+            "",
+        ]
+    lines += ["Settings by system:", ""] if any(outcome.settings.values()) else []
     for name, settings in outcome.settings.items():
         if settings:
             told = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in settings.items())

@@ -161,9 +161,8 @@ def test_a_bad_declaration_is_refused(tmp_path, changes, message):
 
 def test_the_shipped_declarations_can_be_read():
     for path in ROOT.glob("*.yaml"):
-        if path.name != "chosen.yaml":
-            declared = load_declared(path)
-            assert declared.test.skip >= 1000 and declared.test.scenes >= 5000  # not those that the demo has opened
+        declared = load_declared(path)
+        assert declared.test.skip >= 1000 and declared.test.scenes >= 5000  # not those that the demo has opened
 
 
 @pytest.mark.parametrize(
@@ -384,7 +383,8 @@ def _arguments(tmp_path, *more, names=("dpo", "aspo")):
     parser = argparse.ArgumentParser()
     compare.add_arguments(parser)
     recipes = [str(ROOT / "world" / f"{name}.yaml") for name in names]
-    (tmp_path / "chosen.yaml").write_text(
+    (tmp_path / "chosen").mkdir(exist_ok=True)
+    (tmp_path / "chosen" / "declared.yaml").write_text(
         yaml.safe_dump({"DPO": {"train.learning_rate": 1e-4}, "ASPO": {"train.learning_rate": 2e-4}})
     )
     given = [*recipes, "--declared", tmp_path / "declared.yaml", "--out", tmp_path / "out", *more]
@@ -440,16 +440,26 @@ def test_a_failure_is_told_and_the_others_go_on(tmp_path, work, capsys):
 def test_settings_must_be_chosen_and_one_works_at_a_time(tmp_path, work):
     _declared(tmp_path)
     arguments = _arguments(tmp_path)
-    (tmp_path / "chosen.yaml").write_text("DPO: {}\n")
+    (tmp_path / "chosen" / "declared.yaml").write_text("DPO: {}\n")
     with pytest.raises(ValueError, match="no settings for 'ASPO'"):
         compare.run(arguments)
-    (tmp_path / "chosen.yaml").unlink()
+    (tmp_path / "chosen" / "declared.yaml").unlink()
     with pytest.raises(ValueError, match="choose settings with --grid first"):
+        compare.run(arguments)
+    arguments.quick, arguments.chosen = True, tmp_path / "other.yaml"
+    with pytest.raises(ValueError, match="would not be read"):
         compare.run(arguments)
     (tmp_path / "out").mkdir(exist_ok=True)
     with compare.locked(tmp_path / "out"), pytest.raises(ValueError, match="another `aspo compare`"):
         compare.run(_arguments(tmp_path))
     assert work.done == []
+
+
+def test_pairs_of_its_own_are_told(tmp_path):
+    declared = _declared(tmp_path)
+    systems = systems_of([ROOT / "world" / f"{name}.yaml" for name in ("dpo", "aspo", "seva")], declared)
+    runs = {s.name: [make_run(s, 0, declared.test, declared, tmp_path, {})] for s in (System(START, None), *systems)}
+    assert compare.own_pairs(runs, declared) == ["SeVa"]
 
 
 def test_dry_run_and_quick_leave_test_scenes_closed(tmp_path, work, monkeypatch, capsys):
