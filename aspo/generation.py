@@ -121,18 +121,19 @@ def generate_sentences(
             part = slice(start, start + batch_size)
             inputs = _continued_inputs(processor, rows[part], beginnings[part])
             ids = inputs["input_ids"]
-            stop = SentenceEnd(tokenizer, ids.shape[1], len(ids), splitter)
-            tokens = _generate_tokens(outer, inputs, config, [stop])
-            for before, new, length, beginning in zip(ids, tokens, stop.lengths, beginnings[part], strict=True):
-                kept = new if length is None else new[:length]
-                end = next((k for k, token in enumerate(kept) if token in config.eos_token_id), None)
-                text = decode_behind(tokenizer, before[-TAIL:].tolist(), kept if end is None else kept[: end + 1])
+            tokens = _generate_tokens(outer, inputs, config, [SentenceEnd(tokenizer, ids, splitter)])
+            for before, new, beginning in zip(ids, tokens, beginnings[part], strict=True):
+                end = next((k for k, token in enumerate(new) if token in config.eos_token_id), None)
+                text = decode_behind(tokenizer, before[-TAIL:].tolist(), new if end is None else new[:end])
                 made.append(cut_sentence(text if beginning else text.lstrip(), end is not None, splitter))
     return made
 
 
 def cut_sentence(text: str, ended: bool, splitter: Splitter = split_sentences) -> NextSentence:
-    """The first sentence of what was generated; `ended`: whether an end-of-turn token followed it."""
+    """The first sentence of what was generated; `ended`: whether an end-of-turn token followed the text.
+
+    Behind a second sentence's beginning that token is padding (which it is for many models): the answer goes on.
+    """
     if not text.strip():
         return NextSentence("", ended, ended)
     spans = splitter(text)
@@ -147,24 +148,18 @@ def decode_behind(tokenizer: Any, before: list[int], tokens: list[int]) -> str:
 
 
 class SentenceEnd(StoppingCriteria):
-    """Ends a row as soon as its answer has begun a second sentence.
+    """Ends a row as soon as its answer has begun a second sentence.  prompts: (R, T), what the rows begin with."""
 
-    lengths: tokens of each row when it was ended, None where it was not (behind them `generate` writes padding, which
-    may be the end-of-turn token itself).
-    """
-
-    def __init__(self, tokenizer: Any, start: int, rows: int, splitter: Splitter) -> None:
-        self.tokenizer, self.start, self.splitter = tokenizer, start, splitter
-        self.lengths: list[int | None] = [None] * rows
+    def __init__(self, tokenizer: Any, prompts: Tensor, splitter: Splitter) -> None:
+        self.tokenizer, self.splitter = tokenizer, splitter
+        self.start, self.ended = prompts.shape[1], [False] * len(prompts)
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
-        length = input_ids.shape[1] - self.start
         for n, row in enumerate(input_ids[:, self.start :].tolist()):
-            if self.lengths[n] is None:
+            if not self.ended[n]:
                 text = self.tokenizer.decode(row, skip_special_tokens=True)
-                if not _SENTENCE_MARKS.isdisjoint(text[:-1]) and len(self.splitter(text)) > 1:
-                    self.lengths[n] = length
-        return torch.tensor([ended is not None for ended in self.lengths], device=input_ids.device)
+                self.ended[n] = not _SENTENCE_MARKS.isdisjoint(text[:-1]) and len(self.splitter(text)) > 1
+        return torch.tensor(self.ended, device=input_ids.device)
 
 
 def _continued_inputs(

@@ -16,12 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aspo import pairs, world
 from aspo.data import Collator, encode_prompt, encode_response, load_images, load_rows, validate_rows, write_rows
-from aspo.generation import cut_sentence, decode_behind, generate_answers, generate_sentences
+from aspo.generation import SentenceEnd, cut_sentence, decode_behind, generate_answers, generate_sentences
 from aspo.model import HeadParams
 from aspo.pair_makers import csr, povid, sentinel
 from aspo.pair_makers import next_sentences as steps
 from aspo.pair_makers.next_sentences import Candidate, last_sentence_logps
 from aspo.pair_makers.noise import add_noise, image_seeds
+from aspo.sentences import split_sentences
 from aspo.world.data import rows as world_rows
 from aspo.world.language import DESCRIBE
 from aspo.world.scenes import Scene, Thing
@@ -72,13 +73,23 @@ def test_sentences_one_by_one_are_the_whole_answer(vlm):
 def test_padding_with_the_end_of_turn_token_ends_no_answer(vlm):
     model, processor = vlm
     rows = world_rows("validation", 4)
-    beginnings = ["", "The ring is pink.", "", ""]
+    beginnings = ["", "The ring is", "The ring is pink.", "The"]  # the second one is done first
     options = {"temperature": 1.0, "seed": 5}
     before = generate_sentences(model, processor, rows, beginnings, **options)
     other = copy.deepcopy(processor)
     other.tokenizer.pad_token = other.tokenizer.eos_token
     assert generate_sentences(model, other, rows, beginnings, **options) == before
     assert not any(sentence.ends for sentence in before)
+
+
+def test_a_row_is_ended_by_its_second_sentence(vlm):
+    tokenizer = vlm[1].tokenizer
+    ids = [tokenizer(f"Say it. {text}")["input_ids"] for text in ("The ring is pink. The", "The ring is pink. ", "The")]
+    start = len(tokenizer("Say it.")["input_ids"])
+    rows = torch.tensor([row[: start + 6] + [tokenizer.pad_token_id] * (start + 6 - len(row)) for row in ids])
+    stop = SentenceEnd(tokenizer, rows[:, :start], split_sentences)
+    assert [stop(rows[:, : start + n], None).tolist() for n in (5, 6)] == [[False] * 3, [True, False, False]]
+    assert stop(rows[:, : start + 1], None).tolist() == [True, False, False]  # once ended it stays so
 
 
 def test_a_sentence_that_is_cut_off_is_not_complete(vlm):
