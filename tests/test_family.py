@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -117,6 +117,21 @@ def test_fixed_capacity_changes_nothing(name, options):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     for beyond in torch.autograd.grad(got.sum(), [tail, kl_tail], materialize_grads=True):
         assert torch.equal(beyond, torch.zeros(5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in WAYS}))
+def test_compiles_into_one_graph(name):
+    torch._dynamo.reset()
+    whole = inputs(batch())
+    read = {f.name: getattr(whole, f.name) for f in fields(whole) if f.init}
+
+    def losses(logps: torch.Tensor, token_kl: torch.Tensor) -> torch.Tensor:
+        return objectives.get(name).function(Inputs(**{**read, "logps": logps, "token_kl": token_kl})).losses
+
+    leaf, kl = whole.logps.detach().requires_grad_(), whole.token_kl.detach()
+    results = [run(leaf, kl) for run in (losses, torch.compile(losses, fullgraph=True, backend="aot_eager"))]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(torch.autograd.grad(r.sum(), leaf)[0] for r in results))
 
 
 @every_way
