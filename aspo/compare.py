@@ -164,8 +164,8 @@ def compare(args: argparse.Namespace, declared: Declared, systems: Sequence[Syst
     whole[START] = whole[START] * args.seeds if START in whole else []
     tables = {name: read_counts(of) for name, of in whole.items() if of}
     curves = {name: whole[name] for name in declared.curves if name in whole}
-    outcome = analyse(tables, {name: of for name, of in whole.items() if of}, declared, failed, smoke=args.quick)
-    outcome.own_pairs.extend(own_pairs(whole, declared))
+    present = {name: whole[name] for name in tables}
+    outcome = analyse(tables, present, declared, failed, smoke=args.quick, own_pairs=own_pairs(present, declared))
     write_all(outcome, args.out, curves)
     print(markdown(outcome))
     print(f"written to {args.out}: table.md, table.json, figures.csv, differences.svg")

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class Outcome:
     seconds: dict[str, float]
     failed: list[str]
     smoke: bool = False
-    own_pairs: list[str] = field(default_factory=list)
+    own_pairs: tuple[str, ...] = ()  # systems that do not train on the baseline's pairs
 
     @property
     def fair(self) -> dict[str, bool]:
@@ -89,6 +89,7 @@ def analyse(
     failed: Sequence[str] = (),
     resamples: int = 2000,
     smoke: bool = False,
+    own_pairs: Sequence[str] = (),
 ) -> Outcome:
     """Intervals of every figure, differences to the baseline, and the declared comparisons with Holm's correction."""
     figures = available(set.intersection(*(set(table.names) for table in tables.values())))
@@ -127,6 +128,7 @@ def analyse(
         {name: sum(sum(r["seconds"].values()) for r in of) for name, of in results.items()},
         list(failed),
         smoke,
+        tuple(own_pairs),
     )
 
 
