@@ -22,7 +22,8 @@ Spans = list[tuple[int, int, float]]  # [start, end, 1.0] over characters
 def changed_spans(chosen: str, rejected: str, least_match: int = LEAST_MATCH) -> tuple[Spans, Spans]:
     """The parts of each text that are not in the other, in the same order; a common run of fewer words counts not."""
     words = [list(_WORD.finditer(text)) for text in (chosen, rejected)]
-    matcher = difflib.SequenceMatcher(None, *([match.group() for match in side] for side in words), autojunk=False)
+    texts = [[match.group() for match in side] for side in words]
+    matcher = difflib.SequenceMatcher(None, texts[0], texts[1], autojunk=False)
     same: list[set[int]] = [set(), set()]
     for block in matcher.get_matching_blocks():
         if block.size >= least_match:

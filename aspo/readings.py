@@ -137,7 +137,7 @@ class Reader:
         rank = {s: n for n, s in enumerate(sorted(set(sentences) - {NOT_COUNTED}))}
         sentences = [rank.get(s, NOT_COUNTED) for s in sentences]
         scores = alternative = None
-        if role < 2 and (spans_of_scores := row.get(f"{column}_token_scores")) is not None:
+        if (spans_of_scores := row.get(f"{column}_token_scores")) is not None:
             scores = token_values(spans_of_scores, offsets)
         if role == 0 and row.get(f"{column}_alternative_ids") is not None:
             alternative = list(row[f"{column}_alternative_ids"])

@@ -143,7 +143,9 @@ def aspo(
         w = sentence_weights(x, alpha, perplexity, perplexity_scale, rejected_side)
     if rejected_side == "misaligned":
         chosen = torch.zeros_like(w, dtype=torch.bool).index_fill_(0, x.layout.chosen_sentences, True)
-        w = torch.where(chosen, w, (1 - w).clamp_min(0.0))
+        offsets = x.layout.response_offsets
+        several = spread_over((offsets.diff() > 1).to(w.dtype), offsets, w.numel(), x.backend)  # one sentence: w = 0
+        w = torch.where(chosen, w, several * (1 - w).clamp_min(0.0))
     ratio, fell_back = length_ratio(x, w, normalizer)
     weighted = ratio * x.sum_by((1 + w) * x.sentence_logratios, x.layout.response_offsets)
     rejected = x.pair(x.response_logratios if rejected_side == "whole" else weighted)[1]

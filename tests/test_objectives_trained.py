@@ -245,3 +245,12 @@ def test_alternative_ids_of_another_length_are_refused(folder):
     row = {**rows_for("povid", processor)[0], "chosen_alternative_ids": [1, 2, 3]}
     with pytest.raises(ValueError, match="3 ids for a response of"):
         Collator(processor)([row])
+
+
+def test_token_scores_weigh_the_reading_under_another_image_alike(folder):
+    """CHiP weighs the chosen response's segments under both images."""
+    _, processor = load_model(folder)
+    batch = Collator(processor)(rows_for("chip", processor)[:1])
+    offsets = batch["layout"].response_token_offsets.tolist()
+    chosen, negative = (batch["token_scores"][offsets[k] : offsets[k + 1]] for k in (0, 2))
+    assert chosen.any() and torch.equal(chosen, negative)
