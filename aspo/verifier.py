@@ -72,15 +72,18 @@ class Verifier:
     def scores(self, rows: Sequence[Row], texts: Sequence[Sequence[str]]) -> list[list[list[ScoredWord]]]:
         """The scored object words of each text of each row; every image is encoded once.
 
-        Raises ValueError for a row without exactly one image, and for a similarity that is not finite.
+        A row without an image has none. Raises ValueError for several images, and for a similarity that is not finite.
         """
-        words = [[self.vocabulary.words(text, fuzzy=True) for text in of_row] for of_row in texts]
+        words = [
+            [self.vocabulary.words(text, fuzzy=True) if image_entries(row) else [] for text in of_row]
+            for row, of_row in zip(rows, texts, strict=True)
+        ]
         wanted = [n for n, of_row in enumerate(words) if any(of_row)]
         if not wanted:
             return [[[] for _ in of_row] for of_row in words]
         for n in wanted:
-            if (count := len(image_entries(rows[n]))) != 1:
-                raise ValueError(f"{row_name(rows[n])}: it has {count} images; words are scored against exactly one")
+            if (count := len(image_entries(rows[n]))) > 1:
+                raise ValueError(f"{row_name(rows[n])}: it has {count} images; words are scored against one")
         images = self.scorer.image_features([named(rows[n], load_images, rows[n])[0] for n in wanted])
         of_image = dict(zip(wanted, images, strict=True))
         scored: list[list[list[ScoredWord]]] = []

@@ -160,11 +160,11 @@ def test_auc_counts_pairs():
     assert math.isnan(auc([], [1.0]))
 
 
-def test_a_word_has_one_score_by_its_entry_and_the_bare_word_is_read():
+def test_a_word_has_one_score_by_its_entry_the_bare_word_is_read_and_no_image_has_none():
     scorer = FakeScorer(giraffe=0.5, cat=-0.25)
     verifier = Verifier(scorer, ObjectVocabulary(["giraffe", "cat", "dog"]))
     rows = [{"images": [tiny_image()]}, {"images": []}]
-    scored = verifier.scores(rows, [["Two girafes and a cat.", "A giraffe."], ["nothing", ""]])
+    scored = verifier.scores(rows, [["Two girafes and a cat.", "A giraffe."], ["A cat.", ""]])
     assert [[[(s.word.entry, s.score) for s in text] for text in row] for row in scored] == [
         [[("giraffe", 0.5), ("cat", -0.25)], [("giraffe", 0.5)]], [[], []]
     ]  # fmt: skip
