@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench smoke clean
+.PHONY: demo test lint bench smoke evidence-grid evidence evidence-more clean
 
 demo: $(VENV)/.train  ## pairs -> score -> train DPO and ASPO -> eval -> report, on the embedded world
 	$(BIN)/aspo demo --out runs/demo
@@ -21,6 +21,7 @@ bench: $(VENV)/.dev  ## the loss head and whole steps against their peers on thi
 	$(BIN)/python -m benchmarks.head
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.step_sweep
+	$(BIN)/python -m benchmarks.negatives
 	$(BIN)/python -m benchmarks.readme
 
 smoke: $(VENV)/.dev  ## each benchmark and the demo, small
@@ -29,9 +30,23 @@ smoke: $(VENV)/.dev  ## each benchmark and the demo, small
 	$(BIN)/python -m benchmarks.step --smoke
 	$(BIN)/python -m benchmarks.step_sweep --smoke
 	$(BIN)/python -m benchmarks.gpu_step --smoke
+	$(BIN)/python -m benchmarks.negatives --smoke
 	$(BIN)/python -m benchmarks.readme --check
 	$(BIN)/python -m pytest benchmarks --benchmark-disable -k "bf16-random"
 	$(BIN)/aspo demo --quick --out $$(mktemp -d)
+	$(BIN)/aspo compare recipes/world/dpo.yaml recipes/world/misp.yaml --declared recipes/declared.yaml --quick --out $$(mktemp -d)
+
+COMPARE := $(BIN)/aspo compare --jobs 2
+
+evidence-grid: $(VENV)/.train  ## each system's learning rate and beta, on validation scenes: recipes/chosen.yaml is its outcome
+	$(COMPARE) recipes/world/*.yaml --declared recipes/declared.yaml --grid --out runs/grid
+
+evidence: $(VENV)/.train  ## every system of recipes/world, 8 seeds, 5,000 test scenes (docs/evidence.md)
+	$(COMPARE) recipes/world/*.yaml --declared recipes/declared.yaml --seeds 8 --out runs/core
+
+evidence-more: $(VENV)/.train  ## the regimes and the ablations: hours, made for the night; goes on where it was stopped
+	$(COMPARE) recipes/regimes/*.yaml --declared recipes/regimes.yaml --seeds 8 --out runs/regimes
+	$(COMPARE) recipes/ablations/*.yaml recipes/world/dpo.yaml --declared recipes/ablations.yaml --seeds 4 --out runs/ablations
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
