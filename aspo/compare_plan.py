@@ -19,7 +19,7 @@ from aspo.recipes import data_plan, key_of, source_key
 DIRECTIONS = ("higher", "lower", "none")
 START = "start model"  # its own row of the table: nothing is trained
 FORM = {"unparseable": 0.01, "duplicate": 0.01, "eos": 0.99, "tokens": 0.05, "coverage": 0.98}
-EXTRA_SCENES = 200  # validation scenes on which the divergence and the image's part are measured
+EXTRA_SCENES = 300  # validation scenes on which the divergence and the image's part are measured
 TEST_SEED = 0  # of which minimal pairs are taken, and of the noise on images
 
 
