@@ -128,7 +128,7 @@ def weakened(rows: Sequence[Row], target: float, seed: int) -> tuple[list[list[f
             return noisy(sd), sd
         low, high = (sd, high) if reached > target else (low, sd)
     raise ValueError(
-        f"--similarity-auc {target} was not met within {AUC_TOLERANCE} on {len(rows)} rows: give more rows"
+        f"--similarity-auc {target} was not met within {tolerance:.3f} on {len(rows)} rows: give more rows"
     )
 
 
