@@ -64,7 +64,7 @@ def test_weights_are_those_of_their_kind():
 
 
 def test_given_weights_of_the_similarity_are_aspo_s():
-    """The controls' road and ASPO-S's give the same losses and gradients to the bit."""
+    """The controls' road and ASPO-S's give the same losses and gradients, up to rounding of the weights to fp32."""
     rows = _rows(4)
     similarity = torch.tensor([s for row in rows for s in row["chosen_similarity"]])
     weights = [w for row in rows for w in control_weights(row, "similarity", random.Random(0))]
@@ -81,7 +81,7 @@ def test_given_weights_of_the_similarity_are_aspo_s():
         result = objectives.get("aspo")(objectives.Inputs(layout, x, ref_logps, **given), **options)
         result.losses.sum().backward()
         results.append((result.losses, x.grad))
-    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["merge", "split"])
