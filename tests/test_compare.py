@@ -314,7 +314,7 @@ def test_the_grid_writes_what_it_tried_and_chose(tmp_path):
     assert {name: settings["train.learning_rate"] for name, settings in chosen.items()} == {
         "DPO": 2e-4,
         "ASPO-S": 2e-4,
-        "DPO at ASPO-S's KL": pytest.approx(6e-4, rel=0.12),
+        "DPO at ASPO-S's KL": pytest.approx(6e-4, rel=0.16),
     }
     table = (tmp_path / "grid.md").read_text()
     assert table.count("| DPO |") == 4 and table.count("chosen") == 3 and "0.4800" in table
