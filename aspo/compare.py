@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from aspo.compare_grid import as_key, run_grid
+from aspo.compare_grid import as_key, run_grid, tries
 from aspo.compare_plan import (
     START,
     Declared,
@@ -123,6 +123,9 @@ def grid(args: argparse.Namespace, declared: Declared, systems: Sequence[System]
         done = [run for run in runs if is_done(run)]
         return {(r.system.name, as_key(r.system.settings)): json.loads(r.result.read_text()) for r in done}
 
+    if args.dry_run:
+        run_all([System(START, None), *tries(systems, declared)])
+        return 0
     path = run_grid(systems, declared, run_all, args.out)
     print((args.out / "grid.md").read_text())
     kept = declared.path.parent / "chosen" / declared.path.name

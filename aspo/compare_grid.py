@@ -84,6 +84,17 @@ def _rate(settings: Mapping[str, Any]) -> float:
     return float(next(value for key, value in settings.items() if key in LEARNING_RATE.values()))
 
 
+def tries(systems: Sequence[System], declared: Declared) -> list[System]:
+    """Every system with every setting of the grid; those that are matched to another come later."""
+    matched = {entry["system"] for entry in declared.matched}
+    return [
+        System(system.name, system.recipe, settings)
+        for system in systems
+        if system.recipe is not None and system.name not in matched
+        for settings in candidates(system.recipe, declared)
+    ]
+
+
 def run_grid(
     systems: Sequence[System],
     declared: Declared,
@@ -94,21 +105,18 @@ def run_grid(
 
     run_all: trains systems (with settings) on the grid's seed and gives (name, settings as JSON) -> result.
     """
-    matched = {entry["system"]: entry for entry in declared.matched}
-    tried = [
-        System(system.name, system.recipe, settings)
-        for system in systems
-        if system.recipe is not None and system.name not in matched
-        for settings in candidates(system.recipe, declared)
-    ]
+    tried = tries(systems, declared)
     results = run_all([System(START, None), *tried])
+    if (START, "{}") not in results:
+        raise ValueError("the start model was not evaluated: there is nothing to judge form by")
     start = results[START, "{}"]
     by_system: dict[str, list[Result]] = {}
     for system in tried:
         if (result := results.get((system.name, as_key(system.settings)))) is not None:  # else it failed, and said so
             by_system.setdefault(system.name, []).append(result)
     picks = {name: choose(found, start, declared) for name, found in by_system.items()}
-    for name, entry in matched.items():
+    for entry in declared.matched:
+        name = entry["system"]
         if entry["kl_of"] not in picks or entry["recipe_of"] not in picks:
             continue
         twin = next(system for system in systems if system.name == name)

@@ -466,6 +466,8 @@ def test_dry_run_and_quick_leave_test_scenes_closed(tmp_path, work, monkeypatch,
     declared = _declared(tmp_path)
     assert compare.run(_arguments(tmp_path, "--seeds", 2, "--dry-run")) == 0
     assert work.done == [] and "5 runs, 0 done before; 4 data steps to do" in capsys.readouterr().out
+    assert compare.run(_arguments(tmp_path, "--grid", "--dry-run")) == 0
+    assert work.done == [] and "9 runs, 0 done before; 2 data steps" in capsys.readouterr().out  # 2 x 4 and the start
     small = compare.quick(declared)
     assert small.test.data == small.validation.data == "world:validation"
     assert compare.run(_arguments(tmp_path, "--quick")) == 0
