@@ -9,8 +9,8 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 demo: $(VENV)/.train  ## pairs -> score -> train DPO and ASPO -> eval -> report, on the embedded world
 	$(BIN)/aspo demo --out runs/demo
 
-test: $(VENV)/.dev  ## every test
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev  ## every test, a process for each core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -34,19 +34,23 @@ smoke: $(VENV)/.dev  ## each benchmark and the demo, small
 	$(BIN)/python -m benchmarks.readme --check
 	$(BIN)/python -m pytest benchmarks --benchmark-disable -k "bf16-random"
 	$(BIN)/aspo demo --quick --out $$(mktemp -d)
-	$(BIN)/aspo compare recipes/world/dpo.yaml recipes/world/misp.yaml --declared recipes/declared.yaml --quick --out $$(mktemp -d)
+	$(BIN)/aspo compare recipes/world/dpo.yaml recipes/world/aspo.yaml --declared recipes/declared.yaml --quick --jobs 2 --out $$(mktemp -d)
 
 COMPARE := $(BIN)/aspo compare --jobs 2
+CORE := dpo aspo aspo_s aspo_p sft control_shuffled control_truth control_inverse misp acpo mdpo fisao fisao_online tldr
 
-evidence-grid: $(VENV)/.train  ## each system's learning rate and beta, on validation scenes: recipes/chosen.yaml is its outcome
+evidence-grid: $(VENV)/.train  ## each system's learning rate and beta, on validation scenes; its outcome is kept in recipes/chosen
 	$(COMPARE) recipes/world/*.yaml --declared recipes/declared.yaml --grid --out runs/grid
 
-evidence: $(VENV)/.train  ## every system of recipes/world, 8 seeds, 5,000 test scenes (docs/evidence.md)
-	$(COMPARE) recipes/world/*.yaml --declared recipes/declared.yaml --seeds 8 --out runs/core
+evidence: $(VENV)/.train  ## the systems that are compared by declaration: 8 seeds, 5,000 test scenes (docs/evidence.md)
+	$(COMPARE) $(CORE:%=recipes/world/%.yaml) --declared recipes/declared.yaml --seeds 8 --out runs/evidence
 
-evidence-more: $(VENV)/.train  ## the regimes and the ablations: hours, made for the night; goes on where it was stopped
-	$(COMPARE) recipes/regimes/*.yaml --declared recipes/regimes.yaml --seeds 8 --out runs/regimes
-	$(COMPARE) recipes/ablations/*.yaml recipes/world/dpo.yaml --declared recipes/ablations.yaml --seeds 4 --out runs/ablations
+evidence-more: $(VENV)/.train  ## every system, the regimes and the ablations: for the night; goes on where it was stopped
+	$(COMPARE) recipes/world/*.yaml --declared recipes/declared.yaml --seeds 8 --out runs/evidence
+	$(BIN)/python -m aspo.world.sighted --out runs/sighted
+	$(COMPARE) recipes/regimes/*.yaml --declared recipes/regimes.yaml --grid --out runs/regimes
+	$(COMPARE) recipes/regimes/*.yaml --declared recipes/regimes.yaml --chosen runs/regimes/chosen.yaml --seeds 8 --out runs/regimes
+	$(COMPARE) recipes/ablations/*.yaml recipes/world/dpo.yaml recipes/world/aspo.yaml --declared recipes/ablations.yaml --seeds 4 --out runs/ablations
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

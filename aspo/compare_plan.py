@@ -129,7 +129,7 @@ def systems_of(paths: Sequence[Path], declared: Declared) -> list[System]:
 def budgeted(recipe: Recipe, declared: Declared) -> Recipe:
     """The recipe with the budget that all systems share: training fields, and prompts of its first data step.
 
-    A recipe of several iterations divides the steps among them. `online` recipes keep their own.
+    A recipe of several iterations divides the steps and the prompts among them. `online` recipes keep their own.
     """
     settings: dict[str, Any] = {}
     if recipe.final.command == "train":
@@ -143,7 +143,8 @@ def budgeted(recipe: Recipe, declared: Declared) -> Recipe:
             "--limit" in command_parser(first.command)._option_string_actions
             and first.options.get("data", "") is not None
         ):
-            limited = dataclasses.replace(first, options={**first.options, "limit": declared.prompts})
+            prompts = math.ceil(declared.prompts / recipe.iterations)
+            limited = dataclasses.replace(first, options={**first.options, "limit": prompts})
             recipe = dataclasses.replace(recipe, data=(limited, *recipe.data[1:]))
     return changed(recipe, settings)
 

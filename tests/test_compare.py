@@ -193,6 +193,7 @@ def test_every_system_has_the_declared_budget(tmp_path):
         assert system.recipe.data[0].options["limit"] == 32
     thrice = dataclasses.replace(load_recipe(paths[0]), iterations=3)
     assert budgeted(thrice, declared).final.options["max_steps"] == 2
+    assert budgeted(thrice, declared).data[0].options["limit"] == 11  # of 32 prompts, in three rounds
     with pytest.raises(ValueError, match="'DPO' is taken"):
         systems_of([paths[0], paths[0]], declared)
     with pytest.raises(ValueError, match="no recipe is the baseline 'DPO'"):
