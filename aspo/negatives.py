@@ -201,7 +201,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = (
         "examples:\n"
-        "  aspo negatives --data pairs --method misp --count 3 --scorer open_clip:ViT-L-14-quickgelu/openai --out negatives\n"
+        "  aspo negatives --data pairs --method misp --count 3 --scorer open_clip:ViT-L-14-quickgelu/openai \\\n"
+        "                 --out negatives\n"
         "  aspo negatives --data runs/pairs --method crop --count 1 --out runs/crops"
     )
     parser.add_argument("--data", required=True, help="preference rows: folder, .jsonl, .json or .parquet")
