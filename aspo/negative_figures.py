@@ -97,13 +97,13 @@ def _truths(text: str, scene: Mapping[str, Any]) -> list[bool]:
 def similarity_figures(right: Tensor, negatives: Tensor) -> dict[str, Mean]:
     """Means over rows. right: (n, d) unit features, negatives: (n, N, d).
 
-    cosine: of a negative to the right image. dispersion: of two negatives of a row (N of at least 2); low = far apart.
+    cosine: of a negative to the right image. pairwise_cosine: of two negatives of a row (N of at least 2).
     """
     means = {"cosine": mean_of_rows((negatives @ right.unsqueeze(-1)).squeeze(-1).mean(1).tolist())}
     count = negatives.shape[1]
     if count > 1:
         among = (negatives @ negatives.transpose(1, 2)).sum((1, 2)) - negatives.square().sum((1, 2))
-        means["dispersion"] = mean_of_rows((among / (count * (count - 1))).tolist())
+        means["pairwise_cosine"] = mean_of_rows((among / (count * (count - 1))).tolist())
     return {name: mean for name, mean in means.items() if mean is not None}
 
 

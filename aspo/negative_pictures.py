@@ -133,8 +133,9 @@ def _write_marks(axes: Any, sentences: Sequence[Mark]) -> None:
         for sentence, truth in sentences
         for part in textwrap.wrap(("✗ " if truth is False else "") + sentence, WIDTH)
     ]
-    for n, (part, colour) in enumerate(lines[:LINES]):
-        axes.text(0, 1 - n / LINES, part, transform=axes.transAxes, fontsize=5.5, color=colour, va="top")
+    for n, (part, colour) in enumerate(lines[:LINES]):  # "$5 and $6" is no formula
+        at = {"transform": axes.transAxes, "va": "top"}
+        axes.text(0, 1 - n / LINES, part, **at, fontsize=5.5, color=colour, parse_math=False)
 
 
 def plot_latents(

@@ -216,7 +216,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-root", help="where relative image paths start (default: the folder of --data)")
     parser.add_argument("--device", help="torch device (default: the accelerator if there is one, else cpu)")
     pooled = parser.add_argument_group("misp, random and hard")
-    pooled.add_argument("--duplicate", type=float, help="a cosine to the right image that is too near (default: 0.98)")
+    pooled.add_argument(
+        "--duplicate",
+        type=float,
+        help="CLIP cosine from which an image counts as the right one's duplicate and is not picked (default: 0.98)",
+    )
     misp = parser.add_argument_group("misp")
     misp.add_argument("--candidates", type=int, help="random images of the pool that a row is given (default: 1000)")
     misp.add_argument("--beta-div", type=float, help="weight of the diversity term (default: 1)")

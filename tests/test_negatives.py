@@ -22,7 +22,7 @@ from aspo.negative_figures import (
     similarity_figures,
     truth_figures,
 )
-from aspo.negative_pictures import tsne
+from aspo.negative_pictures import plot_grid, tsne
 from aspo.negative_sources import Options, crop_box, crops, noised, pick_from_pool, read_pool
 from aspo.negatives import prompt_text
 from aspo.sae import BilinearSae, SaeConfig
@@ -287,7 +287,7 @@ def test_every_method_gives_every_row_its_negatives(made, method, capsys):
     assert len(load_images(loaded[0], "negative_images")) == 2
     report = json.loads((made / "out" / "selection.json").read_text())
     assert report["rows"] == 3 and report["options"]["method"] == method
-    assert -1 <= report["figures"]["dispersion"]["value"] < 1 and report["figures"]["cosine"]["rows"] == 3
+    assert -1 <= report["figures"]["pairwise_cosine"]["value"] < 1 and report["figures"]["cosine"]["rows"] == 3
     assert (made / "out" / "grid.png").stat().st_size > 1000
     if method == "misp":
         assert (made / "out" / "latents.png").is_file() and report["figures"]["diversity_range"] > 0
@@ -489,8 +489,8 @@ def test_similarity_and_reuse_by_hand():
     half = torch.tensor([0.5, 0.75**0.5, 0])
     figures = similarity_figures(e[:2], torch.stack([torch.stack([e[0], e[1], half]), torch.stack([e[1], e[1], e[1]])]))
     assert figures["cosine"].value == pytest.approx((0.5 + 1) / 2)
-    assert figures["dispersion"].value == pytest.approx(((0 + 0.5 + 0.75**0.5) / 3 + 1) / 2)
-    assert "dispersion" not in similarity_figures(e[:2], e[:2].unsqueeze(1))
+    assert figures["pairwise_cosine"].value == pytest.approx(((0 + 0.5 + 0.75**0.5) / 3 + 1) / 2)
+    assert "pairwise_cosine" not in similarity_figures(e[:2], e[:2].unsqueeze(1))
     assert reuse_figures([["a", "b"], ["a", "c"]]) == {"distinct": 0.75, "most_used": 1.0}
 
 
@@ -507,6 +507,15 @@ def test_tsne_keeps_neighbours_together():
         tsne(torch.ones(3, 3))
     with pytest.raises(ValueError, match="not finite"):
         tsne(torch.full((5, 3), math.nan))
+
+
+@pytest.mark.parametrize("text", ["It costs $5_{ and $6.", "$\\frac{$ or $$", "a_b^c \\alpha $x$", "<b>&amp;</b>"])
+def test_a_response_is_drawn_as_it_stands(tmp_path, text):
+    row = {"id": "a", "prompt": "What?", "images": ["right.png"], "negative_images": ["wrong.png"], "chosen": text}
+    for name, colour in (("right", "red"), ("wrong", "blue")):
+        tiny_image(colour).save(tmp_path / f"{name}.png")
+    plot_grid([row], tmp_path, tmp_path / "grid.png", "misp negatives")
+    assert Image.open(tmp_path / "grid.png").size[0] > 100
 
 
 def test_on_the_embedded_world_negatives_carry_their_truth(tmp_path):
