@@ -31,13 +31,12 @@ from aspo.compare_plan import (
     first_data,
     load_declared,
     make_run,
-    model_of,
     systems_of,
 )
 from aspo.compare_table import analyse, markdown, write_all
 from aspo.compare_work import is_done, read_counts, single_thread_environment, start_worker, work
 from aspo.recipe import require_known
-from aspo.recipes import Planned, source_key
+from aspo.recipes import Planned
 
 QUICK = {"prompts": 48, "max_steps": 3, "systems": 2, "seeds": 2, "scenes": 32}
 
@@ -114,11 +113,8 @@ def grid(args: argparse.Namespace, declared: Declared, systems: Sequence[System]
     failed: list[str] = []
 
     def run_all(wanted: Sequence[System]) -> dict[tuple[str, str], Any]:
-        sources = keys(wanted, declared)
         seed = int(declared.grid["seed"])
-        runs = [
-            make_run(s, seed, declared.validation, declared, args.out, sources[model_for(s, declared)]) for s in wanted
-        ]
+        runs = [make_run(s, seed, declared.validation, declared, args.out) for s in wanted]
         failed.extend(execute(runs, args))
         done = [run for run in runs if is_done(run)]
         return {(r.system.name, as_key(r.system.settings)): json.loads(r.result.read_text()) for r in done}
@@ -133,16 +129,6 @@ def grid(args: argparse.Namespace, declared: Declared, systems: Sequence[System]
     return report_failures(failed)
 
 
-def model_for(system: System, declared: Declared) -> str:
-    return declared.model if system.recipe is None else model_of(system.recipe, declared)
-
-
-def keys(systems: Sequence[System], declared: Declared) -> dict[str, dict[str, str]]:
-    """start model -> the keys that a run of it is named by."""
-    models = {model_for(system, declared) for system in systems}
-    return {model: {"model": source_key(model), "data": source_key(declared.data)} for model in models}
-
-
 def compare(args: argparse.Namespace, declared: Declared, systems: Sequence[System]) -> int:
     """The comparison on test scenes."""
     chosen = {}
@@ -151,11 +137,9 @@ def compare(args: argparse.Namespace, declared: Declared, systems: Sequence[Syst
     elif args.chosen is not None:
         raise ValueError(f"--chosen {args.chosen} would not be read: this run uses the recipes' own settings")
     systems = [dataclasses.replace(system, settings=chosen.get(system.name, {})) for system in systems]
-    sources = keys([System(START, None), *systems], declared)
-    runs = {START: [make_run(System(START, None), 0, declared.test, declared, args.out, sources[declared.model])]}
+    runs = {START: [make_run(System(START, None), 0, declared.test, declared, args.out)]}
     for system in systems:
-        source = sources[model_for(system, declared)]
-        runs[system.name] = [make_run(system, s, declared.test, declared, args.out, source) for s in range(args.seeds)]
+        runs[system.name] = [make_run(system, s, declared.test, declared, args.out) for s in range(args.seeds)]
     by_seed = [runs[name][k] for k in range(args.seeds) for name in runs if k < len(runs[name])]
     failed = execute(by_seed, args)
     if args.dry_run:

@@ -12,15 +12,19 @@ from typing import Any
 
 import yaml
 
+from aspo.keys import environment_key, key_of, options_key, source_key
 from aspo.metrics import BY_NAME
 from aspo.recipe import Recipe, changed, check_recipe, command_parser, expand, load_recipe, require_known
-from aspo.recipes import data_plan, key_of, source_key
+from aspo.recipes import data_plan
 
 DIRECTIONS = ("higher", "lower", "none")
 START = "start model"  # its own row of the table: nothing is trained
 FORM = {"unparseable": 0.01, "duplicate": 0.01, "eos": 0.99, "tokens": 0.05, "coverage": 0.98}
 EXTRA_SCENES = 300  # validation scenes on which the divergence and the image's part are measured
 TEST_SEED = 0  # of which minimal pairs are taken, and of the noise on images
+BATCH = 250  # rows at a time, of evaluation: sampled answers depend on it
+MAX_NEW_TOKENS = 64
+BLANK = (217, 217, 217)  # the mean colour of the world's pictures
 
 
 @dataclass(frozen=True)
@@ -173,30 +177,31 @@ class Run:
         return self.folder / "result.json"
 
 
-def make_run(
-    system: System, seed: int, scenes: Scenes, declared: Declared, out: Path, source: Mapping[str, str]
-) -> Run:
+def make_run(system: System, seed: int, scenes: Scenes, declared: Declared, out: Path) -> Run:
     """The run of a system and seed, whose folder is named by a key of everything that decides its figures.
 
-    source: keys of the declared model and data, see `aspo.recipes.source_key`.
+    That is everything but the code, which result.json notes (`aspo.keys.code_key`).
     """
     extra = dataclasses.replace(declared.validation, scenes=min(EXTRA_SCENES, declared.validation.scenes))
     recipe = None if system.recipe is None else changed(system.recipe, system.settings)
     if recipe is not None and recipe.test:
         step = int(recipe.test["noise-step"])
         scenes, extra = (dataclasses.replace(s, noise_step=step) for s in (scenes, extra))
+    model = declared.model if recipe is None else model_of(recipe, declared)
     what = None
     if recipe is not None:
-        steps = [[step.command, step.options] for step in recipe.steps]
-        what = [steps, recipe.iterations, model_of(recipe, declared)]
-    key = key_of(what, seed, dataclasses.asdict(scenes), dataclasses.asdict(extra), dict(source))
+        steps = [[step.command, options_key(step.command, step.options)] for step in recipe.steps]
+        what = [steps, recipe.iterations, source_key(declared.data)]
+    judged = [[dataclasses.asdict(s), source_key(s.data)] for s in (scenes, extra)]
+    measured = [TEST_SEED, BATCH, MAX_NEW_TOKENS, BLANK]
+    key = key_of(what, seed, source_key(model), judged, measured, environment_key())
     slug = re.sub(r"[^a-z0-9]+", "-", system.name.lower()).strip("-")
     return Run(
         system,
         seed,
         scenes,
         extra,
-        declared.model if recipe is None else model_of(recipe, declared),
+        model,
         declared.data,
         out / "cache",
         out / "runs" / slug / f"seed-{seed}-{key[:8]}",

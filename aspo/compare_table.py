@@ -71,6 +71,7 @@ class Outcome:
     failed: list[str]
     smoke: bool = False
     own_pairs: tuple[str, ...] = ()  # systems that do not train on the baseline's pairs
+    codes: int = 1  # states of this project's code that made the results
 
     @property
     def fair(self) -> dict[str, bool]:
@@ -129,6 +130,7 @@ def analyse(
         list(failed),
         smoke,
         tuple(own_pairs),
+        len({code for of in results.values() for result in of for code in result["code"]}),
     )
 
 
@@ -216,6 +218,9 @@ def markdown(outcome: Outcome) -> str:
             told = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in settings.items())
             lines.append(f"- {name}: {told}")
     lines += ["", *(f"**Failed: {line}**" for line in outcome.failed)]
+    if outcome.codes > 1:
+        lines.append(f"**Made by {outcome.codes} states of the code** (`code` in each result.json tells which).")
+        lines.append("")
     lines.append(f"{sum(outcome.seconds.values()) / 3600:.2f} hours of one thread for training and evaluation.")
     return "\n".join(lines) + "\n"
 

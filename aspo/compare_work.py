@@ -19,13 +19,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from aspo.compare_plan import TEST_SEED, Run, Scenes
+from aspo.compare_plan import BATCH, BLANK, MAX_NEW_TOKENS, TEST_SEED, Run, Scenes, first_data
 from aspo.compare_statistics import Table
 from aspo.controls import noised_image
 from aspo.data import Collator
 from aspo.evaluate import evaluate
 from aspo.generation import generate_answers
 from aspo.judges import Options
+from aspo.keys import code_key
 from aspo.metrics import summarise
 from aspo.model import inference, load_model, output_head, response_logps, trunk_hidden
 from aspo.recipes import Planned, StepFailed, run_planned, run_recipe
@@ -36,16 +37,14 @@ from aspo.world.scenes import Scene, render
 from aspo_kernels import gather_hidden, linear_token_kl
 from aspo_kernels.segments import segment_sum
 
-BATCH = 250  # rows at a time, of evaluation
-MAX_NEW_TOKENS = 64
 COUNTS = "counts.safetensors"
-BLANK = (217, 217, 217)  # the mean colour of the world's pictures
 
 
 def start_worker() -> None:
     """One thread, and no advice or bars of libraries."""
     import transformers
 
+    code_key()  # of the code that this process has read
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -104,6 +103,7 @@ def do_run(run: Run) -> None:
             "system": run.system.name,
             "seed": run.seed,
             "settings": run.system.settings,
+            "code": sorted({code_key(), *(json.loads(p.marker.read_text())["code"] for p in first_data(run))}),
             "scenes": len(ids),
             "seconds": {name: round(value, 1) for name, value in seconds.items()},
             "extra": extra,

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from aspo import cli
-from aspo.folder import ROWS_FILE
+from aspo.keys import code_key, environment_key, key_of, options_key, source_key
 from aspo.recipe import (
     Recipe,
     arguments,
@@ -27,8 +26,8 @@ from aspo.recipe import (
 )
 from aspo.resume import write_json
 
-HASHED_BYTES = 256 * 2**20  # files up to this size are known by their content, larger ones by size and time
 DONE = ".done.json"  # beside a step's folder, once its command has ended
+BEGUN = ".begun.json"  # the same, from before its command begins
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,10 @@ class Planned:
         return self.folder.with_name(self.folder.name + DONE)
 
     @property
+    def begun(self) -> Path:
+        return self.folder.with_name(self.folder.name + BEGUN)
+
+    @property
     def done(self) -> bool:
         return self.marker.is_file()
 
@@ -56,42 +59,14 @@ class StepFailed(Exception):
         self.status = status
 
 
-def key_of(*parts: Any) -> str:
-    """A short hash of JSON-able values."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def source_key(source: str) -> str:
-    """The key of rows or of a model by its place: of what the files there hold; any other name stands for itself."""
-    path = Path(source)
-    if source == "world":
-        from aspo.world import assets_dir
-
-        path = assets_dir() / "vlm"
-    if path.is_dir() and (path / ROWS_FILE).is_file():
-        path = path / ROWS_FILE  # images are named by their content there
-    if not path.exists():
-        return source
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    return key_of([[file.name, _file_key(file)] for file in files])
-
-
-def _file_key(file: Path) -> str:
-    status = file.stat()
-    if status.st_size > HASHED_BYTES:
-        return f"{status.st_size}-{status.st_mtime_ns}"
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
 def data_plan(recipe: Recipe, model: str, model_key: str, data: str, cache: Path, seed: int) -> list[Planned]:
     """The recipe's data steps. A folder in `cache` is named by its step's key, a hash of all that is before it too."""
     plan: list[Planned] = []
-    key, source = source_key(data), data
+    key, source = key_of(source_key(data), environment_key()), data
     for step in recipe.data:
         known = command_parser(step.command)._option_string_actions
         chain = [model_key if "--model" in known else None, seed if "--seed" in known else None]
-        options = {name: source_key(v) if isinstance(v, str) else v for name, v in step.options.items()}  # files too
-        key = key_of(step.command, options, *chain, key)
+        key = key_of(step.command, options_key(step.command, step.options), *chain, key)
         folder = cache / f"{step.command}-{key}"
         plan.append(Planned(arguments(step, model, source, folder, seed, data), folder, key))
         source = str(folder)
@@ -99,15 +74,29 @@ def data_plan(recipe: Recipe, model: str, model_key: str, data: str, cache: Path
 
 
 def run_planned(planned: Planned) -> None:
-    """Run a data step unless it is done. One that was stopped goes on: its command does that itself."""
+    """Run a data step unless it is done. One that was stopped goes on: its command does that itself.
+
+    The same step by another line (its model or rows lie elsewhere now) would be refused by its command: it begins anew.
+    """
     if planned.done:
         return
+    if planned.folder.exists() and _line_begun(planned) != planned.line:
+        shutil.rmtree(planned.folder)
+    write_json(planned.begun, planned.line)
     start = time.perf_counter()
     status = cli.main(planned.line)
     if status:
         raise StepFailed(planned.line, status)
     seconds = round(time.perf_counter() - start, 1)
-    write_json(planned.marker, {"command": shlex.join(["aspo", *planned.line]), "key": planned.key, "seconds": seconds})
+    command = shlex.join(["aspo", *planned.line])
+    write_json(planned.marker, {"command": command, "key": planned.key, "seconds": seconds, "code": code_key()})
+
+
+def _line_begun(planned: Planned) -> list[str] | None:
+    try:
+        return json.loads(planned.begun.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def run_recipe(recipe: Recipe, model: str, data: str, out: Path, cache: Path, seed: int) -> Path:
@@ -135,7 +124,7 @@ def run_recipe(recipe: Recipe, model: str, data: str, out: Path, cache: Path, se
         if status:
             raise StepFailed(line, status)
         if not last:
-            model_key = key_of(recipe.final.command, recipe.final.options, seed, model_key, rows_key)
+            model_key = key_of(options_key(recipe.final.command, recipe.final.options), seed, model_key, rows_key)
             model = str(merged(model, folder))
     return folder
 

@@ -204,19 +204,28 @@ def test_a_run_is_known_by_all_that_decides_its_figures(tmp_path):
     declared = _declared(tmp_path)
     (dpo,) = systems_of([ROOT / "world" / "dpo.yaml"], declared)
 
-    def key(system=dpo, seed=0, scenes=declared.test, source=("m", "d")):
-        return make_run(system, seed, scenes, declared, tmp_path, dict(zip(("model", "data"), source, strict=True))).key
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("1")
 
+    def key(system=dpo, seed=0, scenes=declared.test, **changes):
+        return make_run(system, seed, scenes, dataclasses.replace(declared, **changes), tmp_path).key
+
+    def of_file():
+        return key(scenes=dataclasses.replace(declared.test, data=str(rows)))
+
+    first = of_file()
+    rows.write_text("2")
+    assert of_file() != first  # rows in a file are known by their content
     others = [
         key(System("DPO", dpo.recipe, {"train.learning_rate": 1.0})),
         key(seed=1),
         key(scenes=dataclasses.replace(declared.test, minimal_pairs=2)),
-        key(source=("other", "d")),
+        key(data="world:calibration"),
         key(System(START, None)),
     ]
     assert key() == key(System("Another name", dpo.recipe)) and len({key(), *others}) == 6
     sight = dataclasses.replace(dpo.recipe, test={"noise-step": 300})
-    run = make_run(System("DPO", sight), 0, declared.test, declared, tmp_path, {})
+    run = make_run(System("DPO", sight), 0, declared.test, declared, tmp_path)
     assert (run.scenes.noise_step, run.extra.noise_step) == (300, 300)
 
 
@@ -365,6 +374,7 @@ def _fake_run(run, scenes=60):
         json.dumps(
             {
                 "key": run.key,
+                "code": ["one"],
                 "settings": run.system.settings,
                 "seconds": {"train": 2.0},
                 "extra": {"kl": 1.0 + run.seed, "image_gap": 3.0},
@@ -459,7 +469,7 @@ def test_settings_must_be_chosen_and_one_works_at_a_time(tmp_path, work):
 def test_pairs_of_its_own_are_told(tmp_path):
     declared = _declared(tmp_path)
     systems = systems_of([ROOT / "world" / f"{name}.yaml" for name in ("dpo", "aspo", "seva")], declared)
-    runs = {s.name: [make_run(s, 0, declared.test, declared, tmp_path, {})] for s in (System(START, None), *systems)}
+    runs = {s.name: [make_run(s, 0, declared.test, declared, tmp_path)] for s in (System(START, None), *systems)}
     assert compare.own_pairs(runs, declared) == ["SeVa"]
 
 
@@ -480,7 +490,7 @@ def test_the_table_says_what_was_declared_and_what_is_fair(tmp_path):
     declared = _declared(tmp_path, comparisons=comparisons)
     runs = {}
     for system in [System(START, None), *systems_of([ROOT / "world" / f"{n}.yaml" for n in ("dpo", "aspo")], declared)]:
-        runs[system.name] = [make_run(system, seed, declared.test, declared, tmp_path, {}) for seed in range(4)]
+        runs[system.name] = [make_run(system, seed, declared.test, declared, tmp_path) for seed in range(4)]
         for run in runs[system.name]:
             _fake_run(run, scenes=800)
     tables = {name: read_counts(of) for name, of in runs.items()}
@@ -506,7 +516,7 @@ def test_the_table_says_what_was_declared_and_what_is_fair(tmp_path):
 def test_a_worker_tells_of_an_error_and_keeps_its_words(tmp_path, monkeypatch):
     declared = _declared(tmp_path)
     (dpo,) = systems_of([ROOT / "world" / "dpo.yaml"], declared)
-    run = make_run(dpo, 0, declared.test, declared, tmp_path, {})
+    run = make_run(dpo, 0, declared.test, declared, tmp_path)
 
     def broken(*_):
         print("what it was doing")

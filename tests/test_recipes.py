@@ -9,8 +9,10 @@ import yaml
 
 import aspo
 from aspo import cli, recipes
+from aspo import keys as keys_module
+from aspo.keys import environment_key, options_key, source_key
 from aspo.recipe import arguments, changed, check_recipe, expand, load_recipe, parse_settings
-from aspo.recipes import data_plan, run_recipe, source_key
+from aspo.recipes import data_plan, run_recipe
 
 ROOT = Path(aspo.__file__).parent.parent / "recipes"
 OURS = sorted([*ROOT.glob("world/*.yaml"), *ROOT.glob("ablations/*.yaml"), *ROOT.glob("regimes/*.yaml")])
@@ -139,7 +141,48 @@ def test_source_keys_are_of_content(tmp_path):
     assert source_key(str(tmp_path / "a")) == before
     (tmp_path / "a" / "rows.jsonl").write_text("y")
     assert source_key(str(tmp_path / "a")) != before
-    assert source_key("world:train") == "world:train" != source_key("world")
+    assert len({source_key(name) for name in ("world", "world:train", "world:test", "owner/model")}) == 4
+    assert source_key("owner/model") == "owner/model"  # no place here: a hub's name
+
+
+def test_only_places_are_known_by_their_content(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "misp").mkdir()
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "weights").write_text("1")
+    given = {"method": "misp", "scorer": "open_clip:clip", "pool": "clip", "calibration": "{before}/calibration.json"}
+    before = options_key("pairs", given)
+    assert (
+        before["method"] == "misp" and before["calibration"] == given["calibration"]
+    )  # though "misp" is there
+    (tmp_path / "clip" / "weights").write_text("2")
+    after = options_key("pairs", given)
+    assert {name for name in given if before[name] != after[name]} == {"scorer", "pool"}
+    assert options_key("score", {"scorer": "world"}) == {"scorer": source_key("world")}  # its CLIP, too
+
+
+def test_another_version_of_a_package_is_another_key(tmp_path, monkeypatch):
+    def first():
+        return data_plan(load_recipe(_write(tmp_path)), "x", "m", "world:train", tmp_path, 0)[0].key
+
+    before = first()
+    monkeypatch.setattr(keys_module, "_version", lambda package: "0" if package == "torch" else "1")
+    environment_key.cache_clear()
+    assert first() != before
+    environment_key.cache_clear()
+
+
+def test_an_unfinished_step_of_another_line_begins_anew(tmp_path, monkeypatch):
+    """Its key is the same, but its command would refuse to go on: the model lies elsewhere now."""
+    commands = Commands(monkeypatch)
+    commands.fail = {"pairs": 1}
+    recipe = load_recipe(_write(tmp_path))
+    for model, kept in (("here", False), ("here", True), ("there", False)):
+        (planned, _) = data_plan(recipe, model, "m", "world:train", tmp_path, 0)
+        with pytest.raises(recipes.StepFailed):
+            recipes.run_planned(planned)
+        assert (planned.folder / "half").exists() == kept
+        (planned.folder / "half").write_text("rows")
 
 
 class Commands:
