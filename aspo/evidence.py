@@ -166,8 +166,6 @@ def _level(right: Sequence[float], wrong: Sequence[float]) -> dict[str, Any]:
 
 def run_analysis(args: argparse.Namespace) -> int:
     """`aspo rewards --analyse`: what the scores of --model's and of --after's answers to the --calibrate rows say."""
-    if args.data is not None:
-        raise ValueError("--analyse looks at answers to the --calibrate rows: drop --data")
     rows, verifier = load_verifier(args)
     names = ("method", "model", "after", "scorer", "objects", "template", "calibrate", "calibrate_limit", "temperature",
              "max_new_tokens", "seed", "batch_size", "dtype", "analyse")  # fmt: skip

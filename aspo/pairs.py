@@ -129,7 +129,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, help="folder to write")
     add("--limit", type=int, help="only the first rows (default: all)")
     add("--image-root", help="where relative image paths start (default: the folder of --data)")
-    own = parser.add_argument_group("options of methods", "one that the method does not read is refused")
+    own = parser.add_argument_group(
+        "options of methods",
+        "one that the method does not read is refused, "
+        "but for --model and --seed, which `aspo run` gives to every method",
+    )
     add = own.add_argument
     add("--noise-step", type=int, help="diffusion step, 0 to 999 (default: 500)")
     add(

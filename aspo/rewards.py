@@ -28,12 +28,11 @@ from aspo.calibrate import (
 )
 from aspo.changes import score_changes
 from aspo.evidence import run_analysis
-from aspo.folder import read_lines, row_name
-from aspo.judges import image_hash
+from aspo.folder import read_lines
 from aspo.model import load_model
 from aspo.scores import progress_bar
 from aspo.tldr import run_tldr
-from aspo.token_scores import COLUMNS, Spans, begin, load_preferences, scored_summary, write_scored
+from aspo.token_scores import COLUMNS, Spans, begin, check_apart, load_preferences, scored_summary, write_scored
 from aspo.validate import response_text
 from aspo.verifier import BARE_WORD, WORLD_TEMPLATE, Calibration, Verifier, compare_towers
 
@@ -58,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     add = parser.add_argument
     add("--method", required=True, choices=("fisao", "tldr", "changes"), help="what scores the tokens")
-    add("--model", help="folder or hub name of the model, or an adapter's; world = the embedded one")
+    add("--model", help="folder or hub name of the model, or an adapter's; world = the embedded one (`aspo run` gives "
+        "--model and --seed to every method; changes needs neither)")  # fmt: skip
     add("--data", help="preference rows to score: a folder, .jsonl, .json or .parquet")
     add("--out", required=True, type=Path, help="folder to write: the rows, and what the scores were made with")
     add("--objects", help="object vocabulary: a file of lines `name, synonym, synonym`; rows = names in the rows' "
@@ -71,24 +71,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fisao.add_argument("--calibrate-limit", type=int, help="only the first of them (default: all)")
     fisao.add_argument("--template", help=f"what the text tower reads of a word (default: {BARE_WORD}, the bare word; "
                        f'"{WORLD_TEMPLATE}" with --scorer world)')  # fmt: skip
-    fisao.add_argument(
-        "--margin", type=float, default=0.0, help="cosine beyond the baselines that r needs (default: 0)"
-    )
-    fisao.add_argument("--temperature", type=float, default=1.0, help="of the answers, 0 = greedy (default: 1)")
-    fisao.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: 256)")
+    fisao.add_argument("--margin", type=float, help="cosine beyond the baselines that r needs (default: 0)")
+    fisao.add_argument("--temperature", type=float, help="of the answers, 0 = greedy (default: 1)")
     fisao.add_argument("--analyse", action="store_true", help="token- against sentence-level scores, as JSON and PNG")
     fisao.add_argument("--after", help="--analyse: a second model or adapter, e.g. the trained one")
     tldr = parser.add_argument_group("tldr")
     tldr.add_argument("--train", help="rows with true captions: `caption`, else `chosen`; or `scene`")
     tldr.add_argument("--train-limit", type=int, help="only the first of them (default: all)")
-    tldr.add_argument("--epochs", type=int, default=20, help="passes of the head over its features (default: 20)")
-    tldr.add_argument("--learning-rate", type=float, default=1e-3, help="of the head's AdamW (default: 0.001)")
+    tldr.add_argument("--epochs", type=int, help="passes over the captions, each perturbed anew (default: 20)")
+    tldr.add_argument("--learning-rate", type=float, help="of AdamW, constant (default: 0.001)")
+    add("--max-new-tokens", type=int, help="fisao, tldr: longest answer of the model (default: 256)")
     add("--seed", type=int, default=0, help="of sampling, of perturbations and of the head's start (default: 0)")
     add("--batch-size", type=int, default=16, help="rows at a time (default: 16)")
     add("--limit", type=int, help="only the first rows of --data (default: all)")
     add("--image-root", help="where relative image paths start (default: the folder of the rows)")
-    add("--dtype", default="float32", help="float32, bfloat16, float16 or auto (default: float32)")
-    add("--device", help="torch device (default: the accelerator if there is one, else cpu)")
+    add("--dtype", help="fisao, tldr: float32, bfloat16, float16 or auto (default: float32)")
+    add("--device", help="fisao, tldr: torch device (default: the accelerator if there is one, else cpu)")
 
 
 NEEDS = {
@@ -96,35 +94,61 @@ NEEDS = {
     "tldr": ("model", "train", "objects", "data"),
     "changes": ("data",),
 }
-_OF_FISAO = ("scorer", "calibrate", "calibrate_limit", "template", "analyse", "after")
-_OF_TLDR = ("train", "train_limit")
-OF_OTHERS = {  # options that only other methods read
-    "fisao": _OF_TLDR,
-    "tldr": _OF_FISAO,
-    "changes": ("objects", *_OF_FISAO, *_OF_TLDR),
+_FISAO, _TLDR = ("fisao",), ("tldr",)
+READ_BY = {  # option -> the methods that read it; every method reads or may be given the others
+    **dict.fromkeys(("scorer", "calibrate", "calibrate_limit", "template", "margin", "temperature"), _FISAO),
+    **dict.fromkeys(("analyse", "after"), _FISAO),
+    **dict.fromkeys(("train", "train_limit", "epochs", "learning_rate"), _TLDR),
+    **dict.fromkeys(("objects", "max_new_tokens", "dtype", "device"), (*_FISAO, *_TLDR)),
 }
+DEFAULTS: dict[str, Any] = {  # of options that are None where they are not given, so that a useless one can be refused
+    "margin": 0.0,
+    "temperature": 1.0,
+    "max_new_tokens": 256,
+    "epochs": 20,
+    "learning_rate": 1e-3,
+    "dtype": "float32",
+}
+LEAST = {"batch_size": 1, "max_new_tokens": 1, "epochs": 1, "temperature": 0, "margin": 0}
+
+
+def settle_options(args: argparse.Namespace) -> None:
+    """Fill in the defaults. Raises ValueError for an option that is missing, out of range, or would be ignored."""
+    flags = {name: "--" + name.replace("_", "-") for name in vars(args)}
+    for name in NEEDS[args.method]:
+        if getattr(args, name) is None:
+            raise ValueError(f"{flags[name]} is missing: --method {args.method} needs it")
+    for name, methods in READ_BY.items():
+        value = getattr(args, name)  # 0 is an option that was given, False a switch that was not
+        if args.method not in methods and value is not None and value is not False:
+            only = ", ".join(methods)
+            raise ValueError(f"{flags[name]} is not read by --method {args.method}, only by {only}: drop it")
+    if args.method == "fisao" and args.after is not None and not args.analyse:
+        raise ValueError("--after is the second model of --analyse: give that too, or drop it")
+    if args.analyse:
+        for name, why in (("data", "looks at answers to the --calibrate rows"), ("margin", "makes no rewards")):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--analyse {why}: drop {flags[name]}")
+    if args.data is None and args.limit is not None:
+        raise ValueError("--limit is the number of rows of --data: give that too, or drop it")
+    for name, value in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name, least in LEAST.items():
+        if not getattr(args, name) >= least:
+            raise ValueError(f"{flags[name]} is {getattr(args, name)}; it must be at least {least}")
+    if not 0 < args.learning_rate < float("inf"):
+        raise ValueError(f"--learning-rate is {args.learning_rate}; it must be positive")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `aspo rewards`."""
-    for name in NEEDS[args.method]:
-        if getattr(args, name) is None:
-            raise ValueError(f"--{name} is missing: --method {args.method} needs it")
-    for name in OF_OTHERS[args.method]:
-        if getattr(args, name) not in (None, False):
-            raise ValueError(f"--{name.replace('_', '-')} has no meaning with --method {args.method}: drop it")
-    for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("epochs", 1), ("temperature", 0), ("margin", 0)):
-        if not getattr(args, name) >= least:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}")
+    settle_options(args)
     if args.method == "changes":
         return run_changes(args)
     if args.method == "tldr":
         return run_tldr(args)
-    if args.analyse:
-        return run_analysis(args)
-    if args.after is not None:
-        raise ValueError("--after is the second model of --analyse: give that too, or drop it")
-    return run_fisao(args)
+    return run_analysis(args) if args.analyse else run_fisao(args)
 
 
 def run_fisao(args: argparse.Namespace) -> int:
@@ -132,7 +156,7 @@ def run_fisao(args: argparse.Namespace) -> int:
     rows = load_preferences(args) if args.data else None
     calibration_rows, verifier = load_verifier(args)
     if rows is not None:
-        check_apart(calibration_rows, rows)
+        check_apart(calibration_rows, rows, "--calibrate")
     names = ("method", "model", "scorer", "objects", "template", "calibrate", "calibrate_limit", "temperature",
              "max_new_tokens", "margin", "seed", "batch_size", "dtype", "image_root")  # fmt: skip
     begin(args.out, {**{name: getattr(args, name) for name in names}, "data": args.data}, free=("data",))
@@ -159,17 +183,6 @@ def run_changes(args: argparse.Namespace) -> int:
     write_scored(rows, score_changes, args.out, args.batch_size)
     print(scored_summary(args.out))
     return 0
-
-
-def check_apart(calibration_rows: Sequence[Row], rows: Sequence[Row]) -> None:
-    """ValueError where a row's image is one of the calibration's: its baselines would be fitted to what they judge."""
-    known = {image_hash(row): row for row in calibration_rows}
-    for row in rows:
-        if (twin := known.get(image_hash(row))) is not None:
-            raise ValueError(
-                f"{row_name(row)} of --data has the image of calibration {row_name(twin)}: calibrate on rows that are "
-                "neither trained on nor evaluated"
-            )
 
 
 def settled_calibration(args: argparse.Namespace, rows: Sequence[Row], verifier: Verifier) -> Calibration:

@@ -33,7 +33,7 @@ from aspo.policy import add_lora, disable_dropout
 from aspo.resume import write_json
 from aspo.rows import load_rows
 from aspo.scores import progress_bar
-from aspo.token_scores import COLUMNS, begin, load_preferences, scored_summary, write_scored
+from aspo.token_scores import COLUMNS, begin, check_apart, load_preferences, scored_summary, write_scored
 from aspo.training_state import checkpoints, load_checkpoint, save_checkpoint
 from aspo.validate import response_text, validate_rows
 from aspo.verifier import auc
@@ -257,9 +257,10 @@ def run_tldr(args: argparse.Namespace) -> int:
     rows = load_preferences(args)
     captions = load_rows(args.train, kind="prompt", limit=args.train_limit, image_root=args.image_root)
     validate_rows(captions, "prompt")
+    check_apart(captions, rows, "--train")
     vocabulary = load_vocabulary(args.objects, captions)
     names = ("method", "model", "objects", "train", "train_limit", "epochs", "learning_rate", "seed", "batch_size",
-             "dtype", "image_root", "data")  # fmt: skip
+             "max_new_tokens", "dtype", "image_root", "data")  # fmt: skip
     begin(args.out, {name: getattr(args, name) for name in names})
     to_train, to_measure = held_out(captions)
     model, processor = load_model(args.model, args.dtype, device=args.device)

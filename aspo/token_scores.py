@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aspo.folder import ROWS_FILE, append_row, read_lines
+from aspo.folder import ROWS_FILE, append_row, image_entries, read_lines, row_name
+from aspo.judges import image_hash
 from aspo.resume import differences, write_json
 from aspo.rows import load_rows
 from aspo.scores import progress_bar
@@ -27,6 +28,17 @@ def load_preferences(args: argparse.Namespace) -> Any:
     rows = load_rows(args.data, limit=args.limit, image_root=args.image_root)
     validate_rows(rows)
     return rows
+
+
+def check_apart(known_rows: Sequence[Row], rows: Sequence[Row], flag: str) -> None:
+    """ValueError where a row's image is one of the rows of `flag`: what is fitted to an image must not judge it."""
+    known = {image_hash(row): row for row in known_rows if image_entries(row)}
+    for row in rows:
+        if image_entries(row) and (twin := known.get(image_hash(row))) is not None:
+            raise ValueError(
+                f"{row_name(row)} of --data has the image of {row_name(twin)} of {flag}, whose rows must be neither "
+                "trained on nor evaluated: take others"
+            )
 
 
 def begin(out: Path, settings: Mapping[str, Any], free: tuple[str, ...] = ()) -> None:

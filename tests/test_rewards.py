@@ -215,6 +215,8 @@ def pairs_folder(folder: Path, count: int = 5) -> Path:
 FISAO = ("--method", "fisao", "--model", "world", "--scorer", "world", "--objects", "world", "--device", "cpu",
          "--calibrate", "world:calibration", "--calibrate-limit", 24, "--max-new-tokens", 48)  # fmt: skip
 
+TLDR = ("--method", "tldr", "--model", "world", "--objects", "world", "--train", "world:calibration")
+
 
 def test_fisao_from_data_to_rows(tmp_path, capsys):
     data, out = pairs_folder(tmp_path / "pairs"), tmp_path / "out"
@@ -275,7 +277,7 @@ def test_bad_input_is_one_clear_line(tmp_path):
     data, out = pairs_folder(tmp_path / "pairs", 2), tmp_path / "out"
     with pytest.raises(ValueError, match="--scorer is missing: --method fisao needs it"):
         rewards("--method", "fisao", "--model", "world", "--objects", "world", "--calibrate", "x", "--out", out)
-    with pytest.raises(ValueError, match="--train has no meaning with --method fisao"):
+    with pytest.raises(ValueError, match="--train is not read by --method fisao, only by tldr: drop it"):
         rewards(*FISAO, "--train", "x", "--out", out)
     with pytest.raises(ValueError, match="name another folder"):
         rewards(*FISAO, "--data", data, "--out", data)
@@ -284,13 +286,41 @@ def test_bad_input_is_one_clear_line(tmp_path):
     calibration = load_rows("world:calibration", kind="prompt", limit=3)
     same = tmp_path / "same"
     write_rows(same, [{**calibration[1], "chosen": "A circle.", "rejected": "A star."}])
-    with pytest.raises(ValueError, match="has the image of calibration row"):
+    with pytest.raises(ValueError, match="of --data has the image of row"):
         rewards(*FISAO, "--data", same, "--out", out)
     assert not out.exists()
     rewards(*FISAO, "--out", out)
     with pytest.raises(ValueError, match=r"begun with other settings \(margin: 0.0 -> 0.1\)"):
         rewards(*FISAO, "--margin", 0.1, "--out", out)
     assert rewards(*FISAO, "--data", data, "--out", out) == 0  # the data may come later
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--method", "changes", "--margin", 0.3), "--margin is not read by --method changes, only by fisao"),
+        (
+            ("--method", "changes", "--dtype", "bfloat16"),
+            "--dtype is not read by --method changes, only by fisao, tldr",
+        ),
+        (("--method", "changes", "--max-new-tokens", 9), "--max-new-tokens is not read by --method changes"),
+        ((*TLDR, "--temperature", 0.2), "--temperature is not read by --method tldr, only by fisao"),
+        ((*TLDR, "--margin", 0), "--margin is not read by --method tldr"),
+        ((*TLDR, "--learning-rate", 0), "--learning-rate is 0.0; it must be positive"),
+        ((*FISAO, "--epochs", 3), "--epochs is not read by --method fisao, only by tldr"),
+        ((*FISAO, "--learning-rate", 0.1), "--learning-rate is not read by --method fisao"),
+        ((*FISAO, "--analyse", "--margin", 0.1), "--analyse makes no rewards: drop --margin"),
+        ((*FISAO, "--analyse"), "--analyse looks at answers to the --calibrate rows: drop --data"),
+        ((*FISAO, "--after", "world"), "--after is the second model of --analyse"),
+        ((*FISAO, "--margin", -1), "--margin is -1.0; it must be at least 0"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(tmp_path, given, says):
+    analysed = ("--analyse" in given) and ("--margin" in given)
+    data = () if analysed else ("--data", pairs_folder(tmp_path / "pairs", 1))
+    with pytest.raises(ValueError, match=says):
+        rewards(*given, *data, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def _without_truth(folder: Path) -> Path:
@@ -314,7 +344,8 @@ def test_changes_need_no_model(tmp_path):
         "rejected": "The big dog sits on the mat.",
     }
     write_rows(data, [row])
-    rewards("--method", "changes", "--data", data, "--out", tmp_path / "out")
+    of_a_recipe = ("--model", "world", "--seed", 3)  # `aspo run` gives them to every method
+    rewards("--method", "changes", "--data", data, *of_a_recipe, "--out", tmp_path / "out")
     made = json.loads((tmp_path / "out" / "rows.jsonl").read_text())
     (start, end, score), (other, stop, _) = made["chosen_token_scores"][0], made["rejected_token_scores"][0]
     assert "cat" in row["chosen"][start:end] and "dog" in row["rejected"][other:stop] and score == 1.0

@@ -208,6 +208,8 @@ def test_tldr_from_data_to_rows_and_on_after_a_stop(tmp_path, monkeypatch, capsy
             "rejected_token_scores"
         ] == []
         assert all(-1 <= value <= 1 for _, _, value in row["chosen_token_scores"])
+    with pytest.raises(ValueError, match=r"other settings \(max_new_tokens: 32 -> 33\)"):
+        rewards(*command(data, stopped), "--max-new-tokens", 33)
     figures = json.loads((stopped / "tldr.json").read_text())
     assert {"accuracy", "auc", "object_word_auc", "own_answers_auc"} <= figures.keys()
 
@@ -224,3 +226,8 @@ def test_bad_input(tmp_path):
         rewards(*arguments)
     with pytest.raises(ValueError, match="0 object words in 3 captions and none could be swapped"):
         rewards(*arguments, "--objects", tmp_path / "objects.txt")
+    scene = dict(load_rows("world:calibration", kind="prompt", limit=3)[2])
+    write_rows(tmp_path / "same", [{**scene, "id": "b", "chosen": "A circle.", "rejected": "A star."}])
+    with pytest.raises(ValueError, match=f"row 'b' of --data has the image of row '{scene['id']}' of --train"):
+        rewards(*command(tmp_path / "same", tmp_path / "apart"))
+    assert not (tmp_path / "apart").exists()
