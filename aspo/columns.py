@@ -34,16 +34,21 @@ def columns_of(rows: Sequence[Row], answers: Sequence[Response], columns: Sequen
         "sentence_weights": _sentence_weights(rows, answers, of_role[0]),
         "token_scores": _token_scores(rows, answers, columns),
         "negative_log_q": _negative_log_q(rows, answers, len(columns)),
-        "desirable": _labels(rows),
+        "desirable": _labels(rows) if KL_COLUMN in columns else None,  # pairs may have a column of that name
         "sample_weight": _sample_weights(rows),
     }
 
 
 def with_others_responses(rows: Sequence[Row]) -> list[Row]:
-    """Each row with the completion of the row before it, from which KTO estimates the divergence."""
+    """Each row with the completion of the row before it, from which KTO estimates the divergence.
+
+    Rows that were made of one pair stand side by side: the nearest row before with another prompt or image is taken.
+    """
     if len(rows) < 2:
         raise ValueError("kto compares each response with one to another prompt: it needs two rows in a forward pass")
-    return [{**row, KL_COLUMN: rows[n - 1]["completion"]} for n, row in enumerate(rows)]
+    asked = [(row["prompt"], row.get("images")) for row in rows]
+    back = [next((k for k in range(1, len(rows)) if asked[n - k] != asked[n]), 1) for n in range(len(rows))]
+    return [{**row, KL_COLUMN: rows[n - back[n]]["completion"]} for n, row in enumerate(rows)]
 
 
 def _all_or_none(rows: Sequence[Row], name: str, values: Sequence[list[float] | None]) -> Tensor | None:
@@ -77,6 +82,13 @@ def _sentence_weights(rows: Sequence[Row], answers: Sequence[Response], chosen: 
     """(S,), 0 at the sentences of responses that come without."""
     if _all_or_none(rows, "sentence_weights", [response.weights for response in chosen]) is None:
         return None
+    rejected = [response for response in answers if response.role == 1]
+    if any(response.weights is not None for response in rejected):
+        for response in rejected:
+            if response.weights is None:
+                raise ValueError(
+                    f"{row_name(rows[response.group])}: no rejected_sentence_weights, but other rows have it"
+                )
     return torch.tensor([x for r in answers for x in r.weights or [0.0] * _num_sentences(r)], dtype=torch.float32)
 
 

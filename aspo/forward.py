@@ -277,10 +277,19 @@ def parts_of(batch: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def objective_inputs(
-    batch: Mapping[str, Any], numbers: TokenNumbers, backend: str, pair_tokens: float | None = None
+    batch: Mapping[str, Any],
+    numbers: TokenNumbers,
+    backend: str,
+    reads: Collection[str] = (),
+    pair_tokens: float | None = None,
 ) -> objectives.Inputs:
-    """What an objective reads: the forward's numbers and the batch's own columns."""
+    """What an objective reads: the forward's numbers and the batch's own columns.
+
+    reads: `Objective.reads`. Rows may be without token scores, a whole batch of them too: none says anything then.
+    """
     columns: dict[str, Any] = {name: batch.get(name) for name in COLUMNS}
+    if "token_scores" in reads and columns["token_scores"] is None:
+        columns["token_scores"] = torch.zeros_like(numbers.logps)
     return objectives.Inputs(
         layout=batch["layout"], backend=backend, pair_tokens=pair_tokens, **columns, **numbers._asdict()
     )
@@ -288,12 +297,12 @@ def objective_inputs(
 
 def mean_pair_tokens(batches: Sequence[Mapping[str, Any]], accelerator: Any) -> float:
     """The mean of |y_c| + |y_r| over the pairs of some batches, on all processes (a collective call)."""
-    tokens = pairs = 0
+    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     for batch in batches:
-        layout = batch["layout"]
-        tokens += int(layout.response_token_offsets.diff()[layout.role < 2].sum())
-        pairs += layout.num_items
-    total = accelerator.reduce(torch.tensor([tokens, pairs], dtype=torch.float64, device=accelerator.device), "sum")
+        layout = batch["layout"]  # on the device already: one wait for it, at the end
+        total[0] += torch.where(layout.role < 2, layout.response_token_offsets.diff(), 0).sum().to(total.device)
+        total[1] += layout.num_items
+    total = accelerator.reduce(total, "sum")
     return float(total[0] / total[1])
 
 

@@ -120,11 +120,14 @@ def grid_inputs(
 def in_layout_order(items: Sequence[GridItem]) -> list[tuple[Response, int, int]]:
     """Every response as the layout has them, by role and then by group, with its item and its branch there.
 
-    An alternative follows as a response of the role behind all others, at the place of the response that it is of.
+    An alternative follows as a response of the role behind its item's others, at the place of the response that it is
+    of: the same role whatever else is in the batch.
     """
     answers = [(r, at, k) for at, item in enumerate(items) for k, r in enumerate(item.responses)]
-    role = max((response.role for response, _, _ in answers), default=0) + 1
-    answers += [(r.with_targets(role), at, k) for r, at, k in answers if r.alternative is not None]
+    last: dict[int, int] = {}
+    for response, _, _ in answers:
+        last[response.group] = max(last.get(response.group, 0), response.role)
+    answers += [(r.with_targets(last[r.group] + 1), at, k) for r, at, k in answers if r.alternative is not None]
     return sorted(answers, key=lambda answer: (answer[0].role, answer[0].group))
 
 

@@ -186,6 +186,8 @@ def _content(row: Row, responses: Sequence[str]) -> bytes:
             content[column] = response_text(row[column])
     if row.get("unfinished"):  # no end-of-turn token then
         content["unfinished"] = True
+    if row.get("chosen_alternative_ids") is not None:  # a response of its own
+        content["chosen_alternative_ids"] = list(row["chosen_alternative_ids"])
     for column in ("images", "negative_images", *(f"{column}_images" for column in responses)):
         if entries := image_entries(row, column):
             content[column] = [_image_hash(entry) for entry in entries]

@@ -36,12 +36,15 @@ class Meters:
     """Running sums by name; nothing waits for the device until `drain`."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[Tensor, Tensor, int]] = {}
+        self._sums: dict[str, tuple[Tensor, Tensor, Tensor | int]] = {}
 
-    def add(self, name: str, values: Tensor) -> None:
-        """Count each entry of `values` (any shape) once."""
+    def add(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
+        """Count each entry of `values` (any shape) once; with `where`, bool of that shape, those that it names."""
         values = values.detach().float()
-        total, square, count = values.sum(), values.square().sum(), values.numel()
+        count: Tensor | int = values.numel()
+        if where is not None:
+            values, count = torch.where(where, values, 0.0), where.sum()
+        total, square = values.sum(), values.square().sum()
         if name in self._sums:
             before = self._sums[name]
             total, square, count = total + before[0], square + before[1], count + before[2]
@@ -50,7 +53,8 @@ class Meters:
     def drain(self) -> dict[str, float]:
         """The means (and population standard deviations) since the last call; starts anew."""
         means: dict[str, float] = {}
-        for name, (total, square, count) in self._sums.items():
+        for name, (total, square, counted) in self._sums.items():
+            count = int(counted)
             if not count:  # no item of that kind in the window
                 continue
             mean = float(total) / count
@@ -71,16 +75,15 @@ def record(meters: Meters, inputs: objectives.Inputs, result: objectives.Result)
     layout = inputs.layout
     logps = segment_sum(inputs.logps.detach(), layout.response_token_offsets)
     stats = dict(result.stats)
-    if inputs.desirable is None:
-        by_side = inputs.pair(logps)
-    else:  # single responses: what is good and what is not stands where chosen and rejected do
-        by_side = _by_label(inputs.pair(logps)[0], inputs.desirable)
-        if "rewards" in stats:
-            rewards = _by_label(stats.pop("rewards"), inputs.desirable)
-            meters.add("rewards/chosen", rewards[0])
-            meters.add("rewards/rejected", rewards[1])
-    for side, values in zip(("chosen", "rejected"), by_side, strict=True):
-        meters.add(f"logps/{side}", values)
+    good = inputs.desirable
+    of_pair = inputs.pair(logps) if good is None else (inputs.pair(logps)[0],) * 2
+    # Single responses: what is good and what is not stands where chosen and rejected do.
+    sides = {"chosen": good, "rejected": None if good is None else ~good}
+    rewards = None if good is None else stats.pop("rewards", None)
+    for (side, where), values in zip(sides.items(), of_pair, strict=True):
+        meters.add(f"logps/{side}", values, where)
+        if rewards is not None:
+            meters.add(f"rewards/{side}", rewards, where)
     if "chosen_rewards" in stats and "rejected_rewards" in stats:
         gap = stats["chosen_rewards"] - stats["rejected_rewards"]
         meters.add("rewards/accuracies", (gap > 0).float())
@@ -96,10 +99,6 @@ def record(meters: Meters, inputs: objectives.Inputs, result: objectives.Result)
     meters.add("sentences/per_response", layout.response_offsets.diff()[layout.with_role(0)])
     if inputs.similarity is not None:
         meters.add("sentences/similarity", inputs.similarity)
-
-
-def _by_label(values: Tensor, desirable: Tensor) -> tuple[Tensor, Tensor]:
-    return values[desirable], values[~desirable]
 
 
 def log_line(step: int, logs: Mapping[str, Any]) -> str:

@@ -132,6 +132,16 @@ class ObjectiveOptions:
         objective = self.objective()
         if self.precompute_ref_log_probs and not objective.needs_reference:
             raise ValueError(f"precompute_ref_log_probs is on, but {objective.name} reads no reference: turn it off")
+        if self.precompute_ref_log_probs and "token_kl" in objective.reads:
+            raise ValueError(
+                f"{objective.name} reads the reference's whole distribution at each token, which no cache of "
+                "log-probabilities holds: turn precompute_ref_log_probs off"
+            )
+        if "desirable" in objective.reads and len(self.loss_type) > 1:
+            raise ValueError(
+                f"loss_type is {self.loss_type}: kto's rows are single responses, bad ones among them, and its second "
+                "response is another row's; objectives of pairs cannot be added to it"
+            )
         given = [name for name in OBJECTIVE_OPTIONS if getattr(self, name) is not None]
         if isinstance(self.objective_kwargs, str):
             raise ValueError(f"objective_kwargs is {self.objective_kwargs!r}; write JSON, e.g. '{{\"margin\": 0.5}}'")

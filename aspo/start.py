@@ -19,7 +19,7 @@ from aspo.exact import check_tree, settle_sharing
 from aspo.folder import image_entries
 from aspo.policy import MERGE
 from aspo.readings import Row
-from aspo_kernels import objectives
+from aspo_kernels import SentenceLayout, objectives
 
 ROWS_TO_CHECK, ROWS_TO_LOOK_AT = 2, 64  # on which sharing is tried: one with an image, if there is one among the first
 START_TOLERANCE = 0.02  # of the loss where policy = reference; rounding is far below, a wrong reference far above
@@ -49,38 +49,74 @@ def first_rows(datasets: Sequence[Any]) -> list[Row]:
 COLUMNS_OF = {
     **dict.fromkeys(("misp", "mdpo", "chip"), ("negative_images", "`aspo negatives`")),
     "povid": ("chosen_alternative_ids", "`aspo pairs --method povid`"),
-    **dict.fromkeys(("fisao", "weighted_dpo"), ("chosen_token_scores", "`aspo rewards`")),
+    **dict.fromkeys(("fisao", "weighted_dpo", "ddpo"), ("chosen_token_scores", "`aspo rewards`")),
 }
 
 
-def check_columns(objective_names: Sequence[str], rows: Any) -> None:
-    """ValueError where rows lack a column that one of the objectives lives on. Single rows may be without a value."""
-    columns = getattr(rows, "column_names", None) or rows[0].keys()
-    for name in objective_names:
-        column, maker = COLUMNS_OF.get(name, (None, ""))
-        if column is not None and column not in columns:
+ONE_NEGATIVE = {"mdpo", "chip", "povid"}  # objectives that read one reading under another image, and no more
+
+
+def check_columns(objective_names: Sequence[str], options: Mapping[str, Any], rows: Any) -> None:
+    """ValueError where rows lack a column that one of the objectives lives on. Single rows may be without a value.
+
+    Of a stream the first row is looked at, of a list the first ROWS_TO_LOOK_AT.
+    """
+    columns = getattr(rows, "column_names", None)
+    if columns is None:
+        first = itertools.islice(iter(rows), ROWS_TO_LOOK_AT if hasattr(rows, "__len__") else 1)
+        columns = {column for row in first for column in row}
+    needed = [(name, *COLUMNS_OF[name]) for name in objective_names if name in COLUMNS_OF]
+    if options.get("weights") == "given":
+        needed.append(("weights='given'", "chosen_sentence_weights", "a source of your own"))
+        if options.get("rejected_side", "whole") != "whole":
+            needed.append(("weights='given' on both sides", "rejected_sentence_weights", "a source of your own"))
+    if "chip" in objective_names and options.get("segment_weight", 1.0) != 1.0:
+        needed.append(("chip's segment_weight", *COLUMNS_OF["fisao"]))
+    for name, column, maker in needed:
+        if column not in columns:
             raise ValueError(f"{name} reads the column {column!r}, which the rows have not: make it with {maker}")
 
 
-def check_unpaired(args: AspoConfig, rows: Any) -> None:
+def check_unpaired(args: AspoConfig, train: Any, evaluation: Any) -> None:
     """ValueError where a forward pass would hold a single response: KTO compares each with one to another prompt."""
-    size = args.per_device_train_batch_size
+    sizes = args.per_device_train_batch_size, args.per_device_eval_batch_size
+    datasets = [(train, sizes[0])] if train is not None else []
+    datasets += [(rows, sizes[1]) for rows in every_dataset(None, evaluation)]
+    alone = [rows for rows, size in datasets if not hasattr(rows, "__len__") or len(rows) % size == 1]
     fix = None
     if args.precompute_ref_log_probs:
         fix = "precompute_ref_log_probs keeps a row's own responses only: turn it off"
     elif args.token_budget is not None:
         fix = "token_budget may leave one alone: give per_device_train_batch_size instead"
-    elif size < 2 or args.per_device_eval_batch_size < 2:
+    elif min(sizes) < 2:
         fix = "per_device_train_batch_size and per_device_eval_batch_size must be at least 2"
-    elif rows is not None and hasattr(rows, "__len__") and len(rows) % size == 1 and not args.dataloader_drop_last:
-        fix = f"the last of {len(rows)} rows would be alone: turn dataloader_drop_last on, or drop a row"
+    elif alone and not args.dataloader_drop_last:
+        last = f"the last of {len(alone[0])} rows would" if hasattr(alone[0], "__len__") else "a stream's last row may"
+        fix = f"{last} be alone: turn dataloader_drop_last on, or drop a row"
     if fix is not None:
         raise ValueError(f"kto compares each response with one to another prompt in the same pass; {fix}")
 
 
+def check_roles(objective_names: Sequence[str], objective: objectives.Objective, layout: SentenceLayout) -> None:
+    """ValueError where a batch has readings beyond chosen and rejected that would be computed and ignored."""
+    readings = len(layout.role_responses)
+    if readings > 2 and not objective.reads_negatives:
+        raise ValueError(
+            "the rows have more than two readings (negative_images or chosen_alternative_ids), which objective "
+            f"{objective.name!r} does not read: drop the column, or use an objective that does"
+        )
+    readers = {name for name in objective_names if objectives.get(name).reads_negatives}
+    if readings > 3 and readers <= ONE_NEGATIVE:
+        raise ValueError(
+            f"the rows have up to {readings - 2} negative images, and {', '.join(sorted(readers))} reads one: make "
+            "them again with --count 1, or use misp"
+        )
+
+
 def needs_similarity(options: Mapping[str, Any]) -> bool:
     """Whether rows without similarities would change what is trained: ASPO's weights come from them."""
-    return options.get("alpha", 0) > 0 and options.get("weights", "computed") == "computed"
+    # Both names are ASPO's: an objective of somebody else may call something of its own alpha.
+    return options.get("weights") == "computed" and options.get("alpha", 0) > 0
 
 
 def response_columns(objective: objectives.Objective) -> tuple[str, ...]:
@@ -99,7 +135,8 @@ def dataset_pair_tokens(collator: Any, rows: Any) -> float:
         raise ValueError("target='dataset' needs train_dataset as rows with a length, and aspo.data.Collator")
     total = 0
     for n in range(len(rows)):
-        own = [answers for _, answers in collator.reading_lengths(rows[n])]
+        row = {name: value for name, value in rows[n].items() if name != "negative_images"}  # roles 0 and 1 alone
+        own = [answers for _, answers in collator.reading_lengths(row)]
         total += sum(length for answers in own for length in answers)
     return total / len(rows)
 

@@ -29,6 +29,7 @@ from aspo.resume import SaveHistory, last_checkpoint
 from aspo.start import (
     autocast_dtype,
     check_columns,
+    check_roles,
     check_start,
     check_unpaired,
     dataset_pair_tokens,
@@ -92,11 +93,13 @@ class AspoTrainer(TokenBatches):
         self.objective_options = args.objective_options()
         self._needs_similarity = needs_similarity(self.objective_options)
         if "desirable" in self.objective.reads:
-            check_unpaired(args, train_dataset)
-        for dataset in every_dataset(train_dataset, eval_dataset):  # a stream is checked as it comes
-            if hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset) and len(dataset):
-                self._require_similarity(dataset[0].get("chosen_similarity"))
-                check_columns(args.loss_type, dataset)
+            check_unpaired(args, train_dataset, eval_dataset)
+        for dataset in every_dataset(train_dataset, eval_dataset):
+            if hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset):
+                if not len(dataset):
+                    continue
+                self._require_similarity(dataset[0].get("chosen_similarity"))  # a stream's as it comes
+            check_columns(args.loss_type, self.objective_options, dataset)
 
         self._starts_at_reference = ref_model is None and not isinstance(model, PeftModel)
         set_seed(args.seed)  # the adapter's random start
@@ -180,11 +183,7 @@ class AspoTrainer(TokenBatches):
         """The objective of a collated batch: what it read, and its losses (B,) with statistics."""
         inputs = {**inputs, "layout": inputs["layout"].to(self.args.device)}
         self._require_similarity(inputs["similarity"])
-        if len(inputs["layout"].role_responses) > 2 and not self.objective.reads_negatives:
-            raise ValueError(
-                f"the rows have more than two readings (negative_images), which objective {self.objective.name!r} does "
-                "not read: drop the column, or use an objective that does"
-            )
+        check_roles(self.args.loss_type, self.objective, inputs["layout"])
         policy = self.accelerator.unwrap_model(self.model)
         forward = PairForward(
             policy, self.ref_model, self.route, self.objective.difference_only, self.args.kernel_backend, self.vision
@@ -192,7 +191,7 @@ class AspoTrainer(TokenBatches):
         with self.accelerator.autocast():
             numbers = forward.numbers(inputs, self.objective.needs_reference, self.objective.reads)
         tokens = self._pair_tokens if self.model.training or self._target == "dataset" else None
-        given = objective_inputs(inputs, numbers, self.args.kernel_backend, pair_tokens=tokens)
+        given = objective_inputs(inputs, numbers, self.args.kernel_backend, self.objective.reads, tokens)
         return given, self.objective(given, **self.objective_options)
 
     def compute_loss(
@@ -286,7 +285,9 @@ class AspoTrainer(TokenBatches):
         super().log(logs, start_time)
 
     def _warn_when_both_fall(self, logs: Mapping[str, float]) -> None:
-        if "rewards/chosen" not in logs or not self.objective.needs_reference:
+        # Single responses: a window may hold good ones only, and bad ones are meant to fall.
+        wanted = {"rewards/chosen", "rewards/rejected"} <= logs.keys() and "desirable" not in self.objective.reads
+        if not wanted or not self.objective.needs_reference:
             return
         now = logs["rewards/chosen"], logs["rewards/rejected"]
         before, self._rewards_before = self._rewards_before, now

@@ -34,9 +34,27 @@ def validate_rows(dataset: Iterable[Row], kind: str = "preference") -> None:
             raise bad_row(index, row, "label", f"it is {row['label']!r}; it must be true (desirable) or false")
         if kind == "unpaired" and not named_column("completion", index, row, response_text, row["completion"]).strip():
             raise bad_row(index, row, "completion", "it is empty: drop the row")
+        if kind == "unpaired" and IMAGE_PLACEHOLDER in response_text(row["completion"]):
+            raise bad_row(
+                index, row, "completion", f"it holds {IMAGE_PLACEHOLDER!r}: images in unpaired rows are the prompt's"
+            )
         if kind == "preference":
             _check_responses(index, row)
             named_column("negative_log_q", index, row, _check_numbers, row.get("negative_log_q"), None)
+            if row.get("negative_log_q") is not None and len(row["negative_log_q"]) != len(
+                image_entries(row, "negative_images")
+            ):
+                raise bad_row(
+                    index,
+                    row,
+                    "negative_log_q",
+                    f"{len(row['negative_log_q'])} values for the row's "
+                    f"{len(image_entries(row, 'negative_images'))} negative_images: draw them again (`aspo negatives`)",
+                )
+            if any(type(token) is not int or token < 0 for token in row.get("chosen_alternative_ids") or ()):
+                raise bad_row(index, row, "chosen_alternative_ids", "token ids are integers, 0 or more")
+            if row.get("unfinished") not in (None, True, False):
+                raise bad_row(index, row, "unfinished", f"it is {row['unfinished']!r}; it must be true or false")
             if row.get("chosen_alternative_ids") is not None and row.get("negative_images"):
                 raise bad_row(index, row, "chosen_alternative_ids", "it has negative_images too: drop one of them")
             has = row.get("chosen_similarity") is not None
@@ -169,7 +187,7 @@ def _check_scores(spans: Any, text: str) -> None:
     """[start, end, value] in order, apart, and within the text."""
     before = 0
     for n, span in enumerate(spans or ()):
-        if len(span) != 3:
+        if not isinstance(span, Sequence) or len(span) != 3:
             raise ValueError(f"entry {n} is {short_repr(span)}; it must be [start, end, score]")
         _check_numbers(span, None)
         if not before <= span[0] < span[1] <= len(text):

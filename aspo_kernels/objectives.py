@@ -236,7 +236,10 @@ def register(
     roles 2 and up; a trainer refuses rows that have them with objectives which do not. reads: the optional fields of
     Inputs that it may read (`Inputs.need`); what is costly among them (token_kl, sharp_logps) is computed only then.
     """
-    if unknown := sorted(set(reads) - OPTIONAL.keys()):
+    reads = frozenset(reads)
+    if "token_kl" in reads and not needs_reference:
+        raise ValueError(f"objective {name!r} reads token_kl, which needs a reference: leave needs_reference on")
+    if unknown := sorted(reads - OPTIONAL.keys()):
         raise ValueError(f"objective {name!r} reads {unknown[0]!r}; Inputs has {', '.join(OPTIONAL)}")
 
     def add(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -247,9 +250,7 @@ def register(
         if without:
             raise ValueError(f"objective {name!r}: option {without[0]!r} needs a default value")
         takes = {p.name: p.default for p in parameters}
-        _REGISTRY[name] = Objective(
-            name, function, needs_reference, takes, difference_only, reads_negatives, frozenset(reads)
-        )
+        _REGISTRY[name] = Objective(name, function, needs_reference, takes, difference_only, reads_negatives, reads)
         return function
 
     return add

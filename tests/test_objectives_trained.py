@@ -8,8 +8,10 @@ from PIL import Image
 from tiny import tiny_llava, tiny_rows
 from torch import Tensor
 
+from aspo.columns import KL_COLUMN, with_others_responses
 from aspo.config import AspoConfig
 from aspo.data import Collator
+from aspo.logp_cache import ReferenceCache
 from aspo.model import load_model
 from aspo.prompts import encode_prompt, encode_response
 from aspo.trainer import AspoTrainer
@@ -254,3 +256,59 @@ def test_token_scores_weigh_the_reading_under_another_image_alike(folder):
     offsets = batch["layout"].response_token_offsets.tolist()
     chosen, negative = (batch["token_scores"][offsets[k] : offsets[k + 1]] for k in (0, 2))
     assert chosen.any() and torch.equal(chosen, negative)
+
+
+# ---- what would be ignored, or be something else ----
+
+
+def test_kto_logs_a_window_of_good_answers_alone(make, folder):
+    _, processor = load_model(folder)
+    rows = [{**row, "label": True} for row in rows_for("kto", processor)]
+    trainer = make("kto", rows, logging_steps=1)
+    step(trainer)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logged and "rewards/chosen" in logged[0] and "rewards/rejected" not in logged[0]
+
+
+def test_kto_compares_with_an_answer_to_another_prompt():
+    ask = [{"prompt": p, "completion": c} for p, c in (("a", "1"), ("a", "2"), ("b", "3"), ("b", "4"))]
+    assert [row[KL_COLUMN] for row in with_others_responses(ask)] == ["4", "4", "2", "2"]
+
+
+def test_kto_stands_alone_and_its_evaluation_is_checked_before_training(make, folder, tmp_path):
+    with pytest.raises(ValueError, match="objectives of pairs cannot be added"):
+        AspoConfig(output_dir=str(tmp_path), use_cpu=True, loss_type=["kto", "sft"])
+    model, processor = load_model(folder)
+    args = AspoConfig(output_dir=str(tmp_path), use_cpu=True, loss_type="kto", per_device_eval_batch_size=4)
+    with pytest.raises(ValueError, match="the last of 5 rows would be alone"):
+        AspoTrainer(model, args, rows_for("kto", processor), rows_for("kto", processor, 5), processor)
+
+
+def test_a_label_beside_pairs_is_none_of_ktos(folder):
+    _, processor = load_model(folder)
+    rows = [{**row, "label": n % 2 == 0} for n, row in enumerate(tiny_rows(2))]
+    assert Collator(processor)(rows)["desirable"] is None
+
+
+def test_more_negatives_than_are_read_are_refused(make):
+    rows = [{**row, "negative_images": [noise(1), noise(2)]} for row in tiny_rows(4)]
+    with pytest.raises(ValueError, match="up to 2 negative images, and mdpo reads one"):
+        step(make("mdpo", rows))
+    with pytest.raises(ValueError, match="objective 'dpo' does not read"):
+        step(make("dpo", rows))
+
+
+def test_given_weights_on_both_sides_need_both_columns(make, folder):
+    _, processor = load_model(folder)
+    rows = [{k: v for k, v in row.items() if k != "rejected_sentence_weights"} for row in rows_for("aspo", processor)]
+    with pytest.raises(ValueError, match="rejected_sentence_weights"):
+        make("aspo", rows)
+
+
+def test_another_alternative_is_another_row_of_the_reference_cache(folder, tmp_path):
+    _, processor = load_model(folder)
+    rows = rows_for("povid", processor)[:2]
+    cache = ReferenceCache.create(tmp_path / "cache", {"responses": ["chosen", "rejected"]})
+    again = {**rows[0], "chosen_alternative_ids": [*rows[0]["chosen_alternative_ids"][:-1], 7]}
+    assert cache.key(rows[0]) != cache.key(again)
+    assert cache.key(rows[0]) == cache.key(dict(rows[0]))

@@ -79,6 +79,14 @@ class Settings:
             raise ValueError(f"{made.name} reads {unread[0]}, which this plug-in does not make: use AspoTrainer")
         if made.reads_negatives:
             raise ValueError(f"{made.name} reads negative images, which this plug-in does not make: use AspoTrainer")
+        taken = {**made.options, **options}
+        for name, ours, theirs in (("weights", "given", "computed"), ("rejected_side", None, "whole")):
+            if name in taken and taken[name] != theirs and ours in (None, taken[name]):
+                raise ValueError(
+                    f"{name}={taken[name]!r} reads columns which this plug-in does not pass on: use AspoTrainer"
+                )
+        if "pair_tokens" in made.reads and options.get("target") != "pair":
+            raise ValueError("this plug-in sees one micro-batch, not the whole step or data: give target='pair'")
         made(probe(), **options)  # refuses bad values
         return cls(made, options, kernel_backend)
 

@@ -27,9 +27,11 @@ from aspo.integrations.common import forward_runs, refuse
 from aspo.meters import Meters, record
 from aspo.model import check_head, inference, output_head
 from aspo.objective_options import ObjectiveOptions
+from aspo.policy import MERGE
 from aspo.start import (
     autocast_dtype,
     check_columns,
+    check_roles,
     every_dataset,
     first_rows,
     length_target,
@@ -95,6 +97,11 @@ class AspoDPOConfig(ObjectiveOptions, DPOConfig):  # type: ignore[misc]  # beta 
         refuse(self, IGNORED)
         self.check_choices()
         self.settle_objective()
+        objective = self.objective()
+        if "desirable" in objective.reads:
+            raise ValueError("kto reads unpaired rows, which a DPOTrainer has not: use aspo.trainer.AspoTrainer")
+        if length_target(objective, self.objective_options()) == "dataset":
+            raise ValueError("target='dataset' is AspoTrainer's: use target 'batch' or 'pair' here")
 
 
 class AspoDPOTrainer(DPOTrainer):
@@ -184,7 +191,7 @@ class AspoDPOTrainer(DPOTrainer):
             if row.get(column):
                 raise ValueError(f"column {column!r} would change the prompt, which is not supported: drop it")
         validate_rows([row])
-        check_columns(self.args.loss_type, [row])
+        check_columns(self.args.loss_type, self.objective_options, [row])
         self._require_similarity(row.get("chosen_similarity"))
 
     def _require_similarity(self, similarity: Any) -> None:
@@ -202,6 +209,7 @@ class AspoDPOTrainer(DPOTrainer):
             raise ValueError("logits are never built, so there is nothing to predict or to compute_metrics from")
         inputs = {**inputs, "layout": inputs["layout"].to(self.accelerator.device)}
         self._require_similarity(inputs["similarity"])
+        check_roles(self.args.loss_type, self.objective, inputs["layout"])
         policy = self.accelerator.unwrap_model(self.model)
         self._check_head(policy, inputs)
         forward = PairForward(
@@ -217,7 +225,8 @@ class AspoDPOTrainer(DPOTrainer):
             reads = self.objective.reads
             with forward_runs(policy, lambda **_: forward.numbers(inputs, self.objective.needs_reference, reads)):
                 numbers = model()
-        given = objective_inputs(inputs, numbers, self.args.kernel_backend, pair_tokens=self._pair_tokens)
+        tokens = self._pair_tokens if self.model.training else None
+        given = objective_inputs(inputs, numbers, self.args.kernel_backend, reads, tokens)
         result = self.objective(given, **self.objective_options)
         self._record(given, result, inputs)
         losses = result.losses
@@ -231,6 +240,11 @@ class AspoDPOTrainer(DPOTrainer):
         copied = self.ref_model is None and "ref" in policy.peft_config
         if not copied or not self.objective.needs_reference or inputs["ref_logps"] is not None:
             return inputs
+        if "token_kl" in self.objective.reads:
+            raise ValueError(
+                f"{self.objective.name} reads the reference's whole distribution at each token, and training goes on "
+                f"from an adapter here, whose copy gives log-probabilities alone: {MERGE}"
+            )
         with inference(policy), use_adapter(policy, "ref"):
             return {**inputs, "ref_logps": forward.logps(inputs, with_reference=False)[0]}
 

@@ -33,8 +33,8 @@ def acpo(x: Inputs, beta: float = 0.1, delta: float = 0.005, target: str = "batc
         tokens = tokens.mean() if x.pair_tokens is None else torch.full_like(tokens, x.pair_tokens)
     if x.pair_tokens is not None and delta * x.pair_tokens > STARVING:
         warnings.warn(
-            f"acpo: the target delta * tokens is {delta * x.pair_tokens:.2f}, above {STARVING:g}: the sigmoid of minus "
-            "that leaves hardly any gradient. Lower delta.",
+            f"acpo: the target delta * tokens is above {STARVING:g} (delta {delta:g}): the sigmoid of minus that "
+            "leaves hardly any gradient. Lower delta.",
             stacklevel=2,
         )
     tau = delta * tokens

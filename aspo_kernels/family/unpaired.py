@@ -13,7 +13,8 @@ def kto(x: Inputs, beta: float = 0.1, desirable_weight: float = 1.0, undesirable
     """w sigmoid(-+beta (h(y) - z)), - for a desirable response, + for another; z = max(0, mean_i h(y'_i)), detached.
 
     Role 0 is the response, role 1 a response to another prompt of the batch (y'), which estimates the divergence from
-    the reference; as in TRL it is the mean over the responses that are in one forward pass together.
+    the reference: the mean over the responses that are in one forward pass together. TRL averages it over the
+    processes too, which this does not.
     """
     for name, value in (("beta", beta), ("desirable_weight", desirable_weight)):
         check_positive(name, value)
