@@ -15,6 +15,8 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from typing import Any
 import yaml
 
 from aspo.compare_grid import as_key, run_grid, tries
+from aspo.compare_notes import not_given, note_opening, unlike
 from aspo.compare_plan import (
     START,
     Declared,
@@ -34,10 +37,11 @@ from aspo.compare_plan import (
     systems_of,
 )
 from aspo.compare_table import analyse, markdown, write_all
-from aspo.compare_work import is_done, read_counts, single_thread_environment, start_worker, work
+from aspo.compare_work import is_done, read_counts, single_thread_environment, start_worker, task_name, work
 from aspo.recipe import require_known
 from aspo.recipes import Planned
 
+SEEDS = 8
 QUICK = {"prompts": 48, "max_steps": 3, "systems": 2, "seeds": 2, "scenes": 32}
 
 DESCRIPTION = """Train systems from one start on the same pairs and steps, over seeds, and compare them.
@@ -58,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("recipes", nargs="+", type=Path, help="recipes; each variant of a recipe with `vary` is a system")
     add("--declared", required=True, type=Path, help="comparisons, budget, scenes and grid, declared beforehand")
     add("--out", required=True, type=Path, help="folder for everything it makes")
-    add("--seeds", type=int, default=8, help="trainings of each system, seeds 0, 1, ... (default: 8)")
+    add("--seeds", type=int, help=f"trainings of each system, seeds 0, 1, ... (default: {SEEDS})")
     add("--jobs", type=int, default=1, help="processes, of one thread each (default: 1)")
     add(
         "--chosen", type=Path, help="settings of each system (default: chosen/NAME beside --declared, of the same name)"
@@ -71,16 +75,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`aspo compare`; returns 0, or 1 where a run failed."""
     for name, value in (("--seeds", args.seeds), ("--jobs", args.jobs)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
+    if args.quick and args.seeds is not None:
+        raise ValueError(f"--quick has {QUICK['seeds']} seeds: drop --seeds")
+    if args.grid and (args.seeds is not None or args.chosen is not None):
+        raise ValueError("--grid trains with the declared grid's seed and chooses settings: drop --seeds and --chosen")
     declared = load_declared(args.declared)
     if args.quick:
         declared = quick(declared)
-        args.seeds = QUICK["seeds"]
+    seeds = QUICK["seeds"] if args.quick else args.seeds or SEEDS
+    args = argparse.Namespace(**{**vars(args), "seeds": seeds})
     systems = systems_of(args.recipes, declared)
     if args.quick:
         others = [s for s in systems if s.name != declared.baseline][: QUICK["systems"] - 1]
         systems = [*(s for s in systems if s.name == declared.baseline), *others]
+    if absent := not_given(systems, declared):
+        print(f"declared, but no given recipe has: {', '.join(absent)}")
     args.out.mkdir(parents=True, exist_ok=True)
     with locked(args.out):
         return grid(args, declared, systems) if args.grid else compare(args, declared, systems)
@@ -131,9 +142,14 @@ def grid(args: argparse.Namespace, declared: Declared, systems: Sequence[System]
 
 def compare(args: argparse.Namespace, declared: Declared, systems: Sequence[System]) -> int:
     """The comparison on test scenes."""
-    chosen = {}
+    chosen, path = {}, None
     if declared.grid and not args.quick:
-        chosen = read_chosen(args.chosen or args.declared.parent / "chosen" / args.declared.name, systems)
+        if declared.grid.get("seed", args.seeds) < args.seeds:
+            raise ValueError(
+                f"{declared.path}: the grid's seed, {declared.grid['seed']}, is one of --seeds {args.seeds}"
+            )
+        path = args.chosen or args.declared.parent / "chosen" / args.declared.name
+        chosen = read_chosen(path, systems)
     elif args.chosen is not None:
         raise ValueError(f"--chosen {args.chosen} would not be read: this run uses the recipes' own settings")
     systems = [dataclasses.replace(system, settings=chosen.get(system.name, {})) for system in systems]
@@ -141,6 +157,7 @@ def compare(args: argparse.Namespace, declared: Declared, systems: Sequence[Syst
     for system in systems:
         runs[system.name] = [make_run(system, s, declared.test, declared, args.out) for s in range(args.seeds)]
     by_seed = [runs[name][k] for k in range(args.seeds) for name in runs if k < len(runs[name])]
+    notes = [] if args.quick or args.dry_run else note_opening(args.out, declared, path, runs)
     failed = execute(by_seed, args)
     if args.dry_run:
         return 0
@@ -152,21 +169,12 @@ def compare(args: argparse.Namespace, declared: Declared, systems: Sequence[Syst
     tables = {name: read_counts(of) for name, of in whole.items() if of}
     curves = {name: whole[name] for name in declared.curves if name in whole}
     present = {name: whole[name] for name in tables}
-    outcome = analyse(tables, present, declared, failed, smoke=args.quick, own_pairs=own_pairs(present, declared))
+    notes += unlike(present, declared)
+    outcome = analyse(tables, present, declared, failed, smoke=args.quick, notes=notes)
     write_all(outcome, args.out, curves)
     print(markdown(outcome))
     print(f"written to {args.out}: table.md, table.json, figures.csv, differences.svg")
     return report_failures(failed)
-
-
-def own_pairs(runs: Mapping[str, Sequence[Run]], declared: Declared) -> list[str]:
-    """Systems that do not train on the baseline's pairs: their first step is another one."""
-    shared = {planned.key for planned in first_data(runs[declared.baseline][0])[:1]}
-    return [
-        name
-        for name, of in runs.items()
-        if name != START and {planned.key for planned in first_data(of[0])[:1]} != shared
-    ]
 
 
 def report_failures(failed: Sequence[str]) -> int:
@@ -240,8 +248,37 @@ def results(tasks: Sequence[Planned | Run], jobs: int) -> Iterator[dict[str, Any
         start_worker()
         yield from map(work, tasks)
         return
+    waiting = list(reversed(tasks))
+    while waiting:
+        yield from _in_processes(waiting, jobs)
+
+
+def _in_processes(waiting: list[Planned | Run], jobs: int) -> Iterator[dict[str, Any]]:
+    """Work through `waiting` from its end, no more than `jobs` at a time.
+
+    Ends early, with an outcome for what was in hand, where a process was killed: the pool is of no use then.
+    """
     context = multiprocessing.get_context("spawn")
-    with context.Pool(min(jobs, len(tasks)), start_worker) as pool:
-        yield from pool.imap_unordered(work, tasks)
-        pool.close()
-        pool.join()
+    flying: dict[Future[dict[str, Any]], Planned | Run] = {}
+    broken = False
+    with ProcessPoolExecutor(min(jobs, len(waiting)), context, start_worker) as pool:
+        try:
+            while flying or (waiting and not broken):
+                while waiting and not broken and len(flying) < jobs:
+                    try:
+                        flying[pool.submit(work, waiting[-1])] = waiting[-1]
+                        waiting.pop()
+                    except BrokenProcessPool:
+                        broken = True
+                for future in wait(flying, return_when=FIRST_COMPLETED).done if flying else ():
+                    task = flying.pop(future)
+                    try:
+                        yield future.result()
+                    except BrokenProcessPool:
+                        broken = True
+                        error = "a process was killed (out of memory?) while this was in hand: run the command again"
+                        yield {"name": task_name(task), "seconds": 0.0, "error": error}
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise

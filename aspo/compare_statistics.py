@@ -37,10 +37,11 @@ class Interval:
 
 @dataclass(frozen=True)
 class Table:
-    """Counts of one system, (S, I, C) float64, C named by `names`."""
+    """Counts of one system, (S, I, C) float64, C named by `names`, I by `ids` (the scenes)."""
 
     counts: np.ndarray
     names: tuple[str, ...]
+    ids: tuple[str, ...] = ()
 
 
 def resampled(
@@ -54,6 +55,9 @@ def resampled(
     if len(shapes) != 1:
         raise ValueError(f"systems differ in (seeds, scenes): {sorted(shapes)}")
     ((seeds, scenes),) = shapes
+    first, *others = tables
+    if other := [name for name in others if tables[name].ids != tables[first].ids]:
+        raise ValueError(f"{other[0]} and {first} were judged on other scenes: evaluate them on the same")
     needed = sorted({name for figure in figures for name in figure.needs})
     matrices = {}
     for system, table in tables.items():

@@ -1,4 +1,4 @@
-"""What `aspo compare` writes: table.md, table.json, figures.csv, and the plots differences.svg and rewards.svg."""
+"""What `aspo compare` writes: table.md, table.json and figures.csv, and by `aspo.compare_plots` its plots."""
 
 from __future__ import annotations
 
@@ -10,12 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-from aspo.compare_plan import START, Declared, Run
+from aspo.compare_plan import Declared, Run
 from aspo.compare_statistics import Interval, Table, holm, interval, resampled, seed_interval
 from aspo.figures import Figure
 from aspo.metrics import BY_NAME, available
@@ -27,11 +22,19 @@ SHOWN = (
     "false_claims_violating",
     "coverage",
     "claim_f1",
+    "chair_i",
+    "chair_s",
     "tokens",
     "unparseable",
     "duplicate",
 )
 FAIR = 0.02  # of the baseline's coverage and length
+REWARDS = {
+    "chosen_reward_final": "chosen, at the end",
+    "chosen_reward_min": "chosen, least",
+    "rejected_reward_final": "rejected, at the end",
+    "margin_accuracy_final": "chosen above rejected",
+}
 EXTRA = {"kl": "KL to start, nats", "image_gap": "image gap, nats"}
 VERDICTS = {
     ("higher", 1): "agrees",
@@ -70,7 +73,7 @@ class Outcome:
     seconds: dict[str, float]
     failed: list[str]
     smoke: bool = False
-    own_pairs: tuple[str, ...] = ()  # systems that do not train on the baseline's pairs
+    notes: tuple[str, ...] = ()  # lines of the table: when it was opened, what is not alike
     codes: int = 1  # states of this project's code that made the results
 
     @property
@@ -90,7 +93,7 @@ def analyse(
     failed: Sequence[str] = (),
     resamples: int = 2000,
     smoke: bool = False,
-    own_pairs: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> Outcome:
     """Intervals of every figure, differences to the baseline, and the declared comparisons with Holm's correction."""
     figures = available(set.intersection(*(set(table.names) for table in tables.values())))
@@ -123,13 +126,20 @@ def analyse(
             for name in values
             if name != declared.baseline
         },
-        {name: {e: seed_interval([r["extra"][e] for r in of]) for e in EXTRA} for name, of in results.items()},
+        {
+            name: {
+                e: seed_interval([r["extra"][e] for r in of])
+                for e in (*EXTRA, *REWARDS)
+                if all(e in r["extra"] for r in of)
+            }
+            for name, of in results.items()
+        },
         verdicts,
         {name: of[0]["settings"] for name, of in results.items()},
         {name: sum(sum(r["seconds"].values()) for r in of) for name, of in results.items()},
         list(failed),
         smoke,
-        tuple(own_pairs),
+        tuple(notes),
         len({code for of in results.values() for result in of for code in result["code"]}),
     )
 
@@ -146,6 +156,8 @@ def judge(direction: str, found: Interval | None, p_holm: float) -> str:
 
 def write_all(outcome: Outcome, out: Path, curves: Mapping[str, Sequence[Run]]) -> None:
     """All files, the table last."""
+    from aspo.compare_plots import plot_differences, plot_rewards  # which reads `Outcome`
+
     write_csv(outcome, out / "figures.csv")
     plot_differences(outcome, out / "differences.svg")
     if curves:
@@ -207,11 +219,8 @@ def markdown(outcome: Outcome) -> str:
         "Rates in per cent. *within 2 %*: coverage and length are both within 2 % of the baseline's; where they",
     ]
     lines += ["are not, read the rate of hallucinated sentences beside coverage.", ""]
-    if outcome.own_pairs:
-        lines += [
-            f"On pairs or answers of their own, not on {declared.baseline}'s: {', '.join(outcome.own_pairs)}.",
-            "",
-        ]
+    lines += _rewards(outcome)
+    lines += [line for note in outcome.notes for line in (note, "")]
     lines += ["Settings by system:", ""] if any(outcome.settings.values()) else []
     for name, settings in outcome.settings.items():
         if settings:
@@ -223,6 +232,34 @@ def markdown(outcome: Outcome) -> str:
         lines.append("")
     lines.append(f"{sum(outcome.seconds.values()) / 3600:.2f} hours of one thread for training and evaluation.")
     return "\n".join(lines) + "\n"
+
+
+def _rewards(outcome: Outcome) -> list[str]:
+    """The rewards of the systems that log them: a chosen one below 0 is likelihood lost (displacement)."""
+    rows = [
+        f"| {name} | " + " | ".join(_plain(by[e]) if e in by else "" for e in REWARDS) + " |"
+        for name, by in outcome.extra.items()
+        if "chosen_reward_final" in by
+    ]
+    if not rows:
+        return []
+    return [
+        "## Rewards in training",
+        "",
+        "Of training pairs, beta x log-ratio, by each objective's own beta; the end is the last logged mean. A chosen "
+        "reward below 0 is likelihood that the chosen answers lost.",
+        "",
+        "| system | " + " | ".join(REWARDS.values()) + " |",
+        "|---|" + "---:|" * len(REWARDS),
+        *rows,
+        "",
+    ]
+
+
+def _plain(estimate: Interval) -> str:
+    if math.isnan(estimate.low):
+        return f"{estimate.value:.3f}"
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]".replace("-", MINUS)
 
 
 def _budget(declared: Declared) -> str:
@@ -243,63 +280,3 @@ def write_csv(outcome: Outcome, path: Path) -> None:
                 writer.writerow([name, figure.name, own.value, own.low, own.high, *more])
             for extra, own in outcome.extra[name].items():
                 writer.writerow([name, extra, own.value, own.low, own.high, *[""] * 4])
-
-
-def plot_differences(outcome: Outcome, path: Path) -> None:
-    """Left: differences of the primary figure to the baseline. Right: hallucinated sentences against coverage."""
-    primary = BY_NAME[outcome.declared.primary]
-    scale = 100 if primary.percent else 1
-    ordered = sorted(outcome.differences, key=lambda name: outcome.differences[name][primary.name].value)
-    height = 1.2 + 0.27 * len(ordered)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, max(3.2, height)), layout="constrained")
-    for row, name in enumerate(ordered):
-        found = outcome.differences[name][primary.name]
-        if not math.isnan(found.low):
-            left.plot([scale * found.low, scale * found.high], [row, row], color="0.45", linewidth=1.4)
-        left.plot(
-            scale * found.value, row, "o", color="black" if outcome.fair[name] else "white", markeredgecolor="black"
-        )
-    left.axvline(0, color="0.7", linewidth=0.8)
-    left.set_yticks(range(len(ordered)), ordered, fontsize=8)
-    left.set_xlabel(f"{primary.label}, points above {outcome.declared.baseline}")
-    left.set_title("filled: coverage and length within 2 % of the baseline's", fontsize=9)
-    for name, by in outcome.systems.items():
-        x, y = 100 * by["coverage"].value, 100 * by["hallucinated_sentences"].value
-        right.plot(x, y, "s" if name in (START, outcome.declared.baseline) else "o", color="black", markersize=4)
-        right.annotate(name, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7)
-    right.set_xlabel("coverage (%)")
-    right.set_ylabel("hallucinated sentences (%)")
-    _save(figure, path)
-
-
-def plot_rewards(curves: Mapping[str, Sequence[Run]], path: Path) -> None:
-    """Chosen and rejected reward over training, means over seeds, one colour a system."""
-    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    for number, (name, runs) in enumerate(curves.items()):
-        histories = [reward_history(run) for run in runs]
-        steps = sorted(set.intersection(*(set(history) for history in histories)))
-        for side, style in (("chosen", "-"), ("rejected", "--")):
-            means = [sum(history[step][side] for history in histories) / len(histories) for step in steps]
-            axes.plot(steps, means, style, color=f"C{number}", label=f"{name}, {side}")
-    axes.axhline(0, color="0.7", linewidth=0.8)
-    axes.set_xlabel("step")
-    axes.set_ylabel("reward, beta x log-ratio")
-    axes.legend(fontsize=8)
-    _save(figure, path)
-
-
-def reward_history(run: Run) -> dict[int, dict[str, float]]:
-    """step -> {"chosen", "rejected"} rewards of a run's training (its last iteration)."""
-    log = json.loads((run.folder / "train" / "model" / "log_history.json").read_text(encoding="utf-8"))
-    return {
-        int(entry["step"]): {side: float(entry[f"rewards/{side}"]) for side in ("chosen", "rejected")}
-        for entry in log
-        if "rewards/chosen" in entry and "rewards/rejected" in entry
-    }
-
-
-def _save(figure: Any, path: Path) -> None:
-    """The same bytes for the same figures."""
-    with plt.rc_context({"svg.hashsalt": "aspo"}):
-        figure.savefig(path, metadata={"Date": None, "Creator": None})
-    plt.close(figure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import time
 import traceback
@@ -53,9 +54,8 @@ def start_worker() -> None:
 def work(task: Planned | Run) -> dict[str, Any]:
     """Do a data step or a run; returns {"name", "seconds", "error": None or a line}. What it prints goes to a log."""
     start = time.perf_counter()
-    is_run = isinstance(task, Run)
-    name = f"{task.system.name}, seed {task.seed}" if isinstance(task, Run) else task.folder.name
-    log = task.folder / "log.txt" if is_run else task.folder.with_name(task.folder.name + ".log")
+    name = task_name(task)
+    log = task.folder / "log.txt" if isinstance(task, Run) else task.folder.with_name(task.folder.name + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     error = None
     with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
@@ -64,10 +64,15 @@ def work(task: Planned | Run) -> dict[str, Any]:
                 do_run(task)
             else:
                 run_planned(task)
-        except (ValueError, OSError, RuntimeError, StepFailed) as raised:
+        except (Exception, SystemExit) as raised:  # whatever it is, the other runs go on
             traceback.print_exc()
-            error = f"{' '.join(str(raised).split())} (log: {log})"
+            what = "" if isinstance(raised, ValueError | OSError | StepFailed) else f"{type(raised).__name__}: "
+            error = f"{what}{' '.join(str(raised).split())} (log: {log})"
     return {"name": name, "seconds": time.perf_counter() - start, "error": error}
+
+
+def task_name(task: Planned | Run) -> str:
+    return f"{task.system.name}, seed {task.seed}" if isinstance(task, Run) else task.folder.name
 
 
 def is_done(run: Run) -> bool:
@@ -93,7 +98,7 @@ def do_run(run: Run) -> None:
         model = model.merge_and_unload()  # type: ignore[operator]
     ids, names, counts = measure(model, processor, run.scenes)
     save_file({"counts": counts}, run.folder / COUNTS, metadata={"names": json.dumps(names), "ids": json.dumps(ids)})
-    extra = extra_figures(model, run.model, processor, run.extra)
+    extra = extra_figures(model, run.model, processor, run.extra) | reward_figures(run)
     seconds["evaluate"] = time.process_time() - start
     summary = summarise([dict(zip(names, row, strict=True)) for row in counts.tolist()])
     write_json(
@@ -116,8 +121,8 @@ def _base(run: Run, trained: Path) -> str | None:
     """What an adapter's base is, where the folder was moved: the last iteration's own start."""
     if not (trained / "adapter_config.json").is_file():
         return None
-    before = sorted(trained.parent.glob("iteration-*/merged"))
-    return str(before[-1]) if before else run.model
+    before = trained.parent.glob("iteration-*/merged")
+    return str(max(before, key=lambda path: int(path.parent.name.partition("-")[2]), default=run.model))
 
 
 def measure(model: nn.Module, processor: Any, scenes: Scenes) -> tuple[list[str], list[str], np.ndarray]:
@@ -150,15 +155,21 @@ def extra_figures(model: nn.Module, start: str, processor: Any, scenes: Scenes) 
     """Figures that are no counts, each a mean over validation scenes.
 
     kl: KL(model || start model) of an answer, in nats: the sum over the tokens of an answer sampled from the model of
-    the divergence over the whole vocabulary. image_gap: log p(true description | its image) - log p(the same | a blank
-    image), in nats: how much of what the model says it takes from the image.
+    the divergence over the whole vocabulary, its mean over the answers that are not empty. image_gap: log p(true
+    description | its image) - log p(the same | a blank image), in nats: how much of what the model says it takes from
+    the image.
     """
     rows = scene_rows(scenes)
     answers = generate_answers(
         model, processor, rows, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0, seed=TEST_SEED, batch_size=BATCH
     )
     truths = [describe(Scene.from_json(row["scene"])) for row in rows]
-    said = [{**row, "chosen": a.text.strip() or truth} for row, a, truth in zip(rows, answers, truths, strict=True)]
+    # An answer that was cut off has no end-of-turn token; an empty one is left out.
+    said = [
+        {**row, "chosen": answer.text, "unfinished": not answer.finished}
+        for row, answer in zip(rows, answers, strict=True)
+        if answer.text.strip()
+    ]
     blank = Image.new("RGB", render(Scene.from_json(rows[0]["scene"])).size, BLANK)
     seen = [
         {**row, "chosen": truth, "rejected": truth, "rejected_images": [blank]}
@@ -171,6 +182,34 @@ def extra_figures(model: nn.Module, start: str, processor: Any, scenes: Scenes) 
     return {"kl": answer_kl(model, start_model(start), processor, said), "image_gap": float(np.mean(gaps))}
 
 
+def reward_history(run: Run) -> list[dict[str, float]]:
+    """{"step", "rewards/chosen", "rewards/rejected", ...} of a run's training (its last iteration), in order.
+
+    Empty where it logs none: an objective without them, the on-policy loop, the start model.
+    """
+    path = run.folder / "train" / "model" / "log_history.json"
+    if not path.is_file():
+        return []
+    log = json.loads(path.read_text(encoding="utf-8"))
+    return [entry for entry in log if {"step", "rewards/chosen", "rewards/rejected"} <= entry.keys()]
+
+
+def reward_figures(run: Run) -> dict[str, float]:
+    """Rewards (beta x log-ratio) as training logged them: at its end, and the chosen one's least. {} without any."""
+    history = reward_history(run)
+    if not history:
+        return {}
+    last = history[-1]
+    found = {
+        "chosen_reward_final": last["rewards/chosen"],
+        "chosen_reward_min": min(entry["rewards/chosen"] for entry in history),
+        "rejected_reward_final": last["rewards/rejected"],
+    }
+    if "rewards/accuracies" in last:
+        found["margin_accuracy_final"] = last["rewards/accuracies"]
+    return found
+
+
 @functools.lru_cache(maxsize=2)
 def start_model(name: str) -> nn.Module:
     """The start model of a name, kept by a process."""
@@ -178,7 +217,9 @@ def start_model(name: str) -> nn.Module:
 
 
 def answer_kl(model: nn.Module, start: nn.Module, processor: Any, rows: Sequence[Mapping[str, Any]]) -> float:
-    """Mean over rows of sum_t KL(model || start) at the tokens of `chosen`, in nats."""
+    """Mean over rows of sum_t KL(model || start) at the tokens of `chosen`, in nats; NaN without rows."""
+    if not rows:
+        return math.nan
     collator = Collator(processor, responses=("chosen",))
     head, start_head = output_head(model), output_head(start)
     total = 0.0
@@ -194,16 +235,17 @@ def answer_kl(model: nn.Module, start: nn.Module, processor: Any, rows: Sequence
 
 def read_counts(runs: Sequence[Run]) -> Table:
     """The counts of a system's runs, one for each seed, in the given order. Raises ValueError where scenes differ."""
-    parts, names, ids = [], None, None
+    parts: list[np.ndarray] = []
+    names = ids = "[]"
     for run in runs:
         path = run.folder / COUNTS
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata()
-        if names is not None and (metadata["names"], metadata["ids"]) != (names, ids):
+        if parts and (metadata["names"], metadata["ids"]) != (names, ids):
             raise ValueError(f"{path}: other scenes or counts than the other seeds of {run.system.name!r}: delete it")
         names, ids = metadata["names"], metadata["ids"]
         parts.append(load_file(path)["counts"])
-    return Table(np.stack(parts), tuple(json.loads(names or "[]")))
+    return Table(np.stack(parts), tuple(json.loads(names)), tuple(json.loads(ids)))
 
 
 def single_thread_environment() -> None:

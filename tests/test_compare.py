@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from tiny import tiny_llava, tiny_rows
 
 import aspo
-from aspo import cli, compare, compare_grid, compare_work
+from aspo import cli, compare, compare_grid, compare_notes, compare_work
 from aspo.compare_grid import candidates, choose, keeps_form, match_kl, next_rate
 from aspo.compare_plan import START, Scenes, System, budgeted, load_declared, make_run, systems_of
 from aspo.compare_statistics import Table, holm, interval, resampled, seed_interval, t_cdf, t_interval, t_quantile
@@ -470,7 +470,7 @@ def test_pairs_of_its_own_are_told(tmp_path):
     declared = _declared(tmp_path)
     systems = systems_of([ROOT / "world" / f"{name}.yaml" for name in ("dpo", "aspo", "seva")], declared)
     runs = {s.name: [make_run(s, 0, declared.test, declared, tmp_path)] for s in (System(START, None), *systems)}
-    assert compare.own_pairs(runs, declared) == ["SeVa"]
+    assert compare_notes.own_pairs(runs, declared) == ["SeVa"]
 
 
 def test_dry_run_and_quick_leave_test_scenes_closed(tmp_path, work, monkeypatch, capsys):
