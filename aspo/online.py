@@ -57,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "epochs": "passes over a round's answers",
         "clip": "eps: how far a token's probability ratio counts",
         "kl_coef": "weight of the divergence",
-        "kl": "full = KL(reference || policy) over the vocabulary, k3 = estimated from the sampled tokens",
+        "kl": "full = KL(reference || policy) over the vocabulary, k3 = that gradient from the sampled tokens, "
+        "reward = KL(policy || reference), taken from the reward of each token",
         "learning_rate": "of AdamW, constant",
         "max_grad_norm": "largest norm of a gradient",
         "max_new_tokens": "longest answer",

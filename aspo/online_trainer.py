@@ -6,7 +6,8 @@ answers, one optimiser step for each `batch_size` of them, with rho_t = exp(logp
 
     loss = mean_t [ -min(rho_t r_t, clip(rho_t, 1 - eps, 1 + eps) r_t) + kl_coef * kl_t ]
 
-over the step's generated tokens, however they are cut into micro-batches. docs/fisao.md says what is whose.
+over the step's generated tokens, however they are cut into micro-batches; or, with kl "reward", without the last term
+and with r_t - kl_coef * (logp_t - ref_logp_t) in place of r_t (`token_losses`). docs/fisao.md says what is whose.
 Axes: N generated tokens of a micro-batch, H hidden size.
 """
 
@@ -14,9 +15,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -26,19 +27,19 @@ from aspo.data import Collator
 from aspo.forward import batch_to, counted_rows
 from aspo.generation import Answer, generate_answers
 from aspo.model import check_head, inference, output_head, trunk_hidden
-from aspo.policy import add_lora, disable_dropout
+from aspo.policy import LoraOptions, add_lora, disable_dropout
 from aspo.resume import write_json
 from aspo.training_state import load_checkpoint, save_checkpoint
 from aspo.verifier import Calibration, Verifier
-from aspo_kernels.family.policy_gradient import clipped_policy_gradient, sampled_kl
+from aspo_kernels.family.policy_gradient import PolicyGradient, clipped_policy_gradient, sampled_kl
 
 HISTORY_FILE = "log_history.json"
-KL_KINDS = ("full", "k3")
+KL_KINDS = ("full", "k3", "reward")
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class OnlineOptions:
+class OnlineOptions(LoraOptions):
     """What makes an on-policy run what it is."""
 
     rounds: int = 100
@@ -48,17 +49,12 @@ class OnlineOptions:
     epochs: int = 2  # passes over a round's answers
     clip: float = 0.2
     kl_coef: float = 0.1
-    kl: str = "full"  # "full": KL(reference || policy) over the vocabulary; "k3": estimated from the sampled tokens
+    kl: str = "full"  # docs/fisao.md: which divergence, and how its gradient is estimated
     learning_rate: float = 1e-5  # constant
     max_grad_norm: float = 1.0
     max_new_tokens: int = 256
     generation_batch_size: int = 16
     seed: int = 0
-    lora_r: int = 16
-    lora_alpha: int = 32
-    lora_target_modules: list[str] | None = None
-    lora_dropout: float = field(default=0.0, init=False)  # dropout would make rho other than 1 at the first step
-    use_dora: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         for name in ("rounds", "prompts_per_round", "batch_size", "micro_batch_size", "epochs", "max_new_tokens",
@@ -75,7 +71,7 @@ class OnlineOptions:
 
 
 @dataclass(frozen=True)
-class Experience:
+class Rollout:
     """A micro-batch of answers as they were generated.
 
     batch: of the collator, on the device. rewards, old_logps: (N,). ref_rows: (N, H), what the reference's head reads.
@@ -103,7 +99,7 @@ class OnlineTrainer:
         torch.manual_seed(options.seed)  # the adapter's random start
         self.options, self.processor = options, processor
         self.verifier, self.calibration = verifier, calibration
-        self.policy = add_lora(model, cast(Any, options))
+        self.policy = add_lora(model, options)
         disable_dropout(self.policy)
         self.policy.eval()
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
@@ -132,14 +128,14 @@ class OnlineTrainer:
         if rows:
             size = options.micro_batch_size
             steps = [rows[i : i + options.batch_size] for i in range(0, len(rows), options.batch_size)]
-            micro = [[self.experience(step[i : i + size]) for i in range(0, len(step), size)] for step in steps]
+            micro = [[self.rollout(step[i : i + size]) for i in range(0, len(step), size)] for step in steps]
             totals: dict[str, list[float]] = {}
             for _ in range(options.epochs):
                 for step in micro:
                     for name, value in self.update(step).items():
                         totals.setdefault(name, []).append(value)
             figures |= {name: sum(values) / len(values) for name, values in totals.items()}
-            made = [experience for step in micro for experience in step]
+            made = [rollout for step in micro for rollout in step]
             figures["kl/policy_ref"] = float(torch.cat([e.old_logps - self._ref_logps(e) for e in made]).mean())
             figures["answer/retokenised"] = _retokenised(made, rows)
         self.round += 1
@@ -161,7 +157,7 @@ class OnlineTrainer:
             for (row, answer), words in zip(kept, found, strict=True)
         ]
 
-    def experience(self, rows: Sequence[Row]) -> Experience:
+    def rollout(self, rows: Sequence[Row]) -> Rollout:
         """Collate answers, and keep what the policy and its reference say of them now."""
         batch = batch_to(self.collator(rows), self.device)
         with inference(self.policy):
@@ -170,43 +166,39 @@ class OnlineTrainer:
             with self.policy.disable_adapter():
                 ref_rows = counted_rows(trunk_hidden(self.policy, batch["model_inputs"]), batch["layout"])
             old_logps, _ = self.numbers(batch, ref_rows)
-        return Experience(batch, batch["token_scores"].to(self.device), old_logps, ref_rows)
+        return Rollout(batch, batch["token_scores"].to(self.device), old_logps, ref_rows)
 
     def numbers(self, batch: Mapping[str, Any], ref_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(N,) log-probabilities under the policy and (N,) divergences from the reference; no logits are built."""
+        """(N,) log-probabilities under the policy and (N,) what `token_losses` takes as kl; no logits are built."""
         rows = counted_rows(trunk_hidden(self.policy, batch["model_inputs"]), batch["layout"])
         targets = batch["layout"].targets
         if self.options.kl == "full":
             found = self.head.token_kl(rows, ref_rows, self.head, targets)
             return found.logps, found.kl
         logps, ref_logps = self.head.logps_pair(rows, ref_rows, targets)
+        if self.options.kl == "reward":
+            return logps, (logps - ref_logps).detach()
         return logps, sampled_kl(logps, ref_logps)
 
-    def _ref_logps(self, experience: Experience) -> Tensor:
+    def _ref_logps(self, rollout: Rollout) -> Tensor:
         with torch.no_grad():
-            return self.head.logps(experience.ref_rows, experience.batch["layout"].targets)
+            return self.head.logps(rollout.ref_rows, rollout.batch["layout"].targets)
 
-    def update(self, step: Sequence[Experience]) -> dict[str, float]:
+    def update(self, step: Sequence[Rollout]) -> dict[str, float]:
         """One optimiser step over micro-batches; the loss is the mean over all their tokens."""
         options, total = self.options, sum(e.old_logps.numel() for e in step)
         sums = dict.fromkeys(("loss", "kl", "clip_share", "rewarded"), 0.0)
         self.optimizer.zero_grad(set_to_none=True)
-        for experience in step:
-            logps, kl = self.numbers(experience.batch, experience.ref_rows)
-            result = clipped_policy_gradient(
-                logps,
-                experience.old_logps,
-                experience.rewards,
-                kl if options.kl_coef else None,
-                clip=options.clip,
-                kl_coef=options.kl_coef,
-            )
+        for rollout in step:
+            logps, kl = self.numbers(rollout.batch, rollout.ref_rows)
+            result = token_losses(logps, rollout.old_logps, rollout.rewards, kl, options)
             loss = result.losses.sum() / total
             loss.backward()
             sums["loss"] += float(loss.detach())
             sums["kl"] += float(kl.detach().sum()) / total
-            sums["clip_share"] += float(result.clipped.sum())
-            sums["rewarded"] += float((experience.rewards != 0).sum())
+            rewarded = rollout.rewards != 0
+            sums["clip_share"] += float((result.clipped & rewarded).sum())
+            sums["rewarded"] += float(rewarded.sum())
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, options.max_grad_norm))
         if not norm < float("inf"):
             raise ValueError(f"the gradient's norm is {norm} in round {self.round + 1}: lower learning_rate")
@@ -233,6 +225,20 @@ class OnlineTrainer:
         self.processor.save_pretrained(folder)
 
 
+def token_losses(
+    logps: Tensor, old_logps: Tensor, rewards: Tensor, kl: Tensor, options: OnlineOptions
+) -> PolicyGradient:
+    """The clipped losses of N tokens. All (N,).
+
+    kl: divergences, differentiable, which are added; for "reward" `logps - ref_logps`, detached, which the rewards are
+    reduced by: in the mean over tokens of the sampling policy that has the gradient of kl_coef * KL(policy || reference).
+    """
+    if options.kl == "reward":
+        return clipped_policy_gradient(logps, old_logps, rewards - options.kl_coef * kl, clip=options.clip, kl_coef=0.0)
+    token_kl = kl if options.kl_coef else None
+    return clipped_policy_gradient(logps, old_logps, rewards, token_kl, clip=options.clip, kl_coef=options.kl_coef)
+
+
 def round_seed(seed: int, number: int) -> int:
     """Of a round's sampling: rounds are far apart, since generation seeds its batches seed, seed + 16, ..."""
     return seed + 1_000_003 * (number + 1)
@@ -248,7 +254,7 @@ def round_prompts(rows: Sequence[Row], options: OnlineOptions, number: int) -> l
     return [rows[i] for i in order[skip : skip + options.prompts_per_round]]
 
 
-def _retokenised(made: Sequence[Experience], rows: Sequence[Row]) -> float:
+def _retokenised(made: Sequence[Rollout], rows: Sequence[Row]) -> float:
     """Share of answers whose text the tokenizer cuts into another number of tokens than were sampled."""
     lengths = [n for e in made for n in e.batch["layout"].response_token_offsets.diff().tolist()]
     return sum(n != row["sampled_tokens"] for n, row in zip(lengths, rows, strict=True)) / len(rows)

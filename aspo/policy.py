@@ -6,6 +6,7 @@ import copy
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,6 +22,17 @@ MERGE = (
     "merge it into its base first: "
     "peft.PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)"
 )
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """What `add_lora` reads, for trainers that have no AspoConfig."""
+
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_target_modules: list[str] | None = None
+    lora_dropout: float = field(default=0.0, init=False)
+    use_dora: bool = field(default=False, init=False)
 
 
 def policy_and_reference(
@@ -53,7 +65,7 @@ def vision_tower(model: Any) -> nn.Module | None:
     return None if encoder is outer or encoder is outer.base_model else encoder
 
 
-def add_lora(model: Any, args: AspoConfig) -> PeftModel:
+def add_lora(model: Any, args: AspoConfig | LoraOptions) -> PeftModel:
     """`model` with fresh LoRA layers, which start as no change at all."""
     config = LoraConfig(
         r=args.lora_r or 0,

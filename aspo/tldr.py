@@ -14,7 +14,7 @@ import argparse
 import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,7 @@ from aspo.forward import batch_to
 from aspo.generation import generate_answers
 from aspo.model import inference, load_model, output_head, trunk_hidden
 from aspo.object_words import ObjectVocabulary, ObjectWord, judge_words, load_vocabulary
-from aspo.online_trainer import OnlineOptions
-from aspo.policy import add_lora, disable_dropout
+from aspo.policy import LoraOptions, add_lora, disable_dropout
 from aspo.resume import write_json
 from aspo.rows import load_rows
 from aspo.scores import progress_bar
@@ -113,7 +112,7 @@ class TokenJudge:
         if isinstance(model, PeftModel):
             raise ValueError("the model is an adapter: merge it into its base first (merge_and_unload)")
         torch.manual_seed(seed)
-        self.policy = add_lora(model, cast(Any, OnlineOptions()))
+        self.policy = add_lora(model, LoraOptions())
         disable_dropout(self.policy)
         self.policy.eval()
         self.head_params, self.collator = output_head(self.policy), Collator(processor, responses=("chosen",))

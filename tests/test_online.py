@@ -17,7 +17,7 @@ from aspo.generation import Answer
 from aspo.model import load_model, response_logps
 from aspo.object_words import ObjectVocabulary
 from aspo.online import add_arguments, run
-from aspo.online_trainer import OnlineOptions, OnlineTrainer, round_prompts, round_seed
+from aspo.online_trainer import OnlineOptions, OnlineTrainer, round_prompts, round_seed, token_losses
 from aspo.scorers import load_scorer
 from aspo.training_state import checkpoints
 from aspo.verifier import Calibration, Verifier
@@ -89,6 +89,22 @@ def test_the_sampled_divergence_agrees_with_the_full_one():
     torch.testing.assert_close(x.grad, y.grad)
 
 
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_a_divergence_in_the_reward_pulls_along_the_gradient_of_kl_policy_reference(off_policy):
+    generator = torch.Generator().manual_seed(0)
+    free, ref, old = torch.randn(3, 12, generator=generator, dtype=torch.float64)
+    free.requires_grad_()
+    logps, q = free.log_softmax(-1), ref.log_softmax(-1)
+    old = (0.05 * old + free.detach()).log_softmax(-1) if off_policy else logps.detach()  # within the clip
+    options = OnlineOptions(kl="reward", kl_coef=0.3, clip=0.5)
+    result = token_losses(logps, old, torch.zeros_like(q), (logps - q).detach(), options)
+    (found,) = torch.autograd.grad((old.exp() * result.losses).sum(), free, retain_graph=True)  # the mean over tokens
+    (expected,) = torch.autograd.grad(0.3 * (logps.exp() * (logps - q)).sum(), free, retain_graph=True)
+    (other,) = torch.autograd.grad(0.3 * (q.exp() * (q - logps)).sum(), free)
+    torch.testing.assert_close(found, expected)
+    assert (found - other).abs().max() > 0.05  # KL(reference || policy) pulls elsewhere
+
+
 # --- the loop ---
 
 
@@ -116,7 +132,7 @@ def test_the_first_step_has_ratio_one_exactly(scorer, prompts, kl):
         for name, parameter in loop.policy.named_parameters():
             if "lora_B" in name:
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    made = loop.experience(loop.scored_rows(prompts, ANSWERS))
+    made = loop.rollout(loop.scored_rows(prompts, ANSWERS))
     logps, divergence = loop.numbers(made.batch, made.ref_rows)
     assert logps.requires_grad and torch.equal(logps.detach(), made.old_logps)
     ratios = clipped_policy_gradient(logps, made.old_logps, made.rewards, divergence).ratios
@@ -127,7 +143,7 @@ def test_the_first_step_has_ratio_one_exactly(scorer, prompts, kl):
 def test_old_and_reference_log_probabilities_are_the_models_own(scorer, prompts):
     loop = trainer(scorer)
     rows = loop.scored_rows(prompts, ANSWERS)
-    made = loop.experience(rows)
+    made = loop.rollout(rows)
     start = load_model("world", device="cpu")
     (expected,) = response_logps(*start, rows, collator=loop.collator)
     torch.testing.assert_close(made.old_logps, expected.logps, atol=1e-5, rtol=0)  # LoRA starts as no change
@@ -138,7 +154,7 @@ def test_tokens_of_object_words_are_rewarded_and_an_unfinished_answer_has_no_end
     loop = trainer(scorer)
     rows = loop.scored_rows(prompts, [*ANSWERS[:3], Answer("", 1, True)])
     assert [row["id"] for row in rows] == [prompts[i]["id"] for i in range(3)]  # the empty answer is left out
-    made = loop.experience(rows)
+    made = loop.rollout(rows)
     texts = [loop.processor.tokenizer.decode([t]) for t in made.batch["layout"].targets.tolist()]
     assert texts.count("</s>") == 2
     words = {text.strip() for text, reward in zip(texts, made.rewards.tolist(), strict=True) if reward}
@@ -147,7 +163,7 @@ def test_tokens_of_object_words_are_rewarded_and_an_unfinished_answer_has_no_end
 
 def test_without_reward_and_divergence_there_is_no_gradient(scorer, prompts):
     loop = trainer(scorer, kl_coef=0.0)
-    made = loop.experience(loop.scored_rows(prompts, ANSWERS))
+    made = loop.rollout(loop.scored_rows(prompts, ANSWERS))
     figures = loop.update([replace(made, rewards=torch.zeros_like(made.rewards))])
     assert figures["grad_norm"] == 0.0 and figures["loss"] == 0.0
     assert all(p.grad is not None and not p.grad.any() for p in loop.parameters)
@@ -157,7 +173,7 @@ def test_without_reward_and_divergence_there_is_no_gradient(scorer, prompts):
 def test_a_rewarded_tokens_log_probability_rises_and_a_punished_ones_falls(scorer, prompts):
     for sign in (1.0, -1.0):
         loop = trainer(scorer, kl_coef=0.0)
-        made = loop.experience(loop.scored_rows(prompts, ANSWERS))
+        made = loop.rollout(loop.scored_rows(prompts, ANSWERS))
         rewards = torch.zeros_like(made.rewards)
         rewards[3] = sign
         loop.update([replace(made, rewards=rewards)])
@@ -172,7 +188,7 @@ def test_the_divergence_pulls_back_to_the_reference(scorer, prompts):
         for name, parameter in loop.policy.named_parameters():
             if "lora_B" in name:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    made = loop.experience(loop.scored_rows(prompts, ANSWERS))
+    made = loop.rollout(loop.scored_rows(prompts, ANSWERS))
     made = replace(made, rewards=torch.zeros_like(made.rewards))
     first = loop.update([made])["kl"]
     for _ in range(5):
@@ -180,12 +196,29 @@ def test_the_divergence_pulls_back_to_the_reference(scorer, prompts):
     assert last < 0.8 * first
 
 
+def test_a_divergence_in_the_reward_pulls_sampled_tokens_to_the_reference(scorer, prompts):
+    loop = trainer(scorer, kl="reward", kl_coef=1.0)
+    with torch.no_grad():
+        for name, parameter in loop.policy.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    made = loop.rollout(loop.scored_rows(prompts, ANSWERS))
+    ref = loop._ref_logps(made)
+    made = replace(made, rewards=torch.zeros_like(made.rewards))
+    figures = [loop.update([made]) for _ in range(4)]
+    assert figures[0]["kl"] == pytest.approx(float((made.old_logps - ref).mean()), abs=1e-5)
+    assert all(f["grad_norm"] > 0 and f["clip_share"] == 0 for f in figures)
+    with torch.no_grad():
+        logps, _ = loop.numbers(made.batch, made.ref_rows)
+    assert (logps - ref).square().mean() < 0.9 * (made.old_logps - ref).square().mean()
+
+
 def test_micro_batches_change_nothing(scorer, prompts):
     gradients = []
     for size in (1, 3, 4):
         loop = trainer(scorer, micro_batch_size=size, max_grad_norm=1e9)
         rows = loop.scored_rows(prompts, ANSWERS)
-        loop.update([loop.experience(rows[i : i + size]) for i in range(0, 4, size)])
+        loop.update([loop.rollout(rows[i : i + size]) for i in range(0, 4, size)])
         gradients.append(torch.cat([p.grad.flatten() for p in loop.parameters]))
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], atol=2e-5 * float(gradients[0].abs().max()), rtol=0)
