@@ -29,7 +29,6 @@ from aspo.compare_plan import (
     START,
     Declared,
     Run,
-    Scenes,
     System,
     first_data,
     load_declared,
@@ -99,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
 def quick(declared: Declared) -> Declared:
     """Tiny sizes on validation scenes: a smoke run must not open the test scenes."""
-    scenes = Scenes(declared.validation.data, QUICK["scenes"], 0, 2)
+    scenes = dataclasses.replace(declared.validation, scenes=QUICK["scenes"], skip=0, minimal_pairs=2)
     budget = {**declared.budget, "max_steps": QUICK["max_steps"]}
     return dataclasses.replace(
         declared, prompts=QUICK["prompts"], budget=budget, test=scenes, validation=scenes, matched=()

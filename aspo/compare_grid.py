@@ -6,7 +6,8 @@ figure; of equal ones the smaller learning rate. Form is kept where, beside the 
     unparseable <= 1 %     duplicate <= start + 1 point     eos >= 99 %     tokens within 5 %     coverage >= 98 %
 
 (the last two of start's; a declared file can set other limits). Where no run keeps it, the system gets its smallest
-learning rate, and grid.md and chosen.yaml say so.
+learning rate, and grid.md and chosen.yaml say so. They also say where the chosen rate is the least or the greatest that
+was tried: a better one may lie beyond.
 A matched system is another one at the learning rate that gives it a third one's divergence from the start model.
 """
 
@@ -82,6 +83,12 @@ def choose(results: Sequence[Result], start: Result, declared: Declared) -> tupl
 
 def _rate(settings: Mapping[str, Any]) -> float:
     return float(next(value for key, value in settings.items() if key in LEARNING_RATE.values()))
+
+
+def at_edge(result: Result, declared: Declared) -> bool:
+    """Whether a run's learning rate is the least or the greatest of the grid."""
+    rates = declared.grid["learning_rate"]
+    return _rate(result["settings"]) in (min(rates), max(rates))
 
 
 def tries(systems: Sequence[System], declared: Declared) -> list[System]:
@@ -181,6 +188,8 @@ def _write(
     by_system: Mapping[str, Sequence[Result]],
     picks: Mapping[str, tuple[Result, bool]],
 ) -> Path:
+    matched = {entry["system"] for entry in declared.matched}  # their rates are no grid's
+    edge = [name for name, (result, _) in picks.items() if name not in matched and at_edge(result, declared)]
     lines = [
         f"Validation: {start['scenes']} scenes of {declared.validation.data}, seed {declared.grid['seed']}; "
         f"start model: {declared.primary} {start['summary'][declared.primary]:.4f}",
@@ -196,7 +205,7 @@ def _write(
             lines.append(
                 f"| {name} | {settings} | {summary[declared.primary]:.4f} | {summary['hallucinated_sentences']:.4f} | "
                 f"{summary['coverage']:.4f} | {summary['tokens']:.2f} | {result['extra']['kl']:.3f} | {lost} | "
-                f"{'chosen' if result is picks[name][0] else ''} |"
+                f"{'' if result is not picks[name][0] else 'chosen, at the edge' if name in edge else 'chosen'} |"
             )
     (out / "grid.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / "grid.json").write_text(json.dumps({"start": start, "runs": by_system}, indent=1) + "\n", encoding="utf-8")
@@ -206,6 +215,8 @@ def _write(
     lost_form = [name for name, (_, kept) in picks.items() if not kept]
     if lost_form:
         head += f"# No run kept its form: {', '.join(lost_form)}\n"
+    if edge:
+        head += f"# The chosen learning rate is at the edge of the grid: {', '.join(edge)}\n"
     chosen = {name: dict(result["settings"]) for name, (result, _) in picks.items()}
     path.write_text(head + yaml.safe_dump(chosen, sort_keys=False), encoding="utf-8")
     return path

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from aspo.recipes import data_plan
 DIRECTIONS = ("higher", "lower", "none")
 START = "start model"  # its own row of the table: nothing is trained
 FORM = {"unparseable": 0.01, "duplicate": 0.01, "eos": 0.99, "tokens": 0.05, "coverage": 0.98}
+GRID = ("learning_rate", "beta_times", "seed")
 EXTRA_SCENES = 300  # validation scenes on which the divergence and the image's part are measured
 TEST_SEED = 0  # of which minimal pairs are taken, and of the noise on images
 BATCH = 250  # rows at a time, of evaluation: sampled answers depend on it
@@ -64,7 +66,7 @@ class Declared:
 
 
 def load_declared(path: str | Path) -> Declared:
-    """Read the file. Raises ValueError for an unknown key, figure or direction, or a missing value."""
+    """Read the file. Raises ValueError for an unknown key, figure or direction, a missing or impossible value."""
     path = Path(path)
     try:
         read = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -79,24 +81,82 @@ def load_declared(path: str | Path) -> Declared:
     if missing := [name for name in required if name not in read]:
         raise ValueError(f"{path}: {missing[0]} is missing")
     values = dict(read)
+    for key in ("baseline", "model", "data"):
+        if not isinstance(values[key], str):
+            raise ValueError(f"{path}: {key} is {values[key]!r}; it must be a name")
+    _need_number(path, "prompts", values["prompts"], 1)
     for key in ("test", "validation"):
-        for name in values[key]:
-            require_known(name, [f.name for f in dataclasses.fields(Scenes)], f"{path}: {key}: unknown key")
-        values[key] = Scenes(**values[key])
-    for key in values.get("form", {}):
-        require_known(key, FORM, f"{path}: form: unknown key")
-    values["form"] = {**FORM, **values.get("form", {})}
-    for key in values.get("grid", {}):
-        require_known(key, ("learning_rate", "beta_times", "seed"), f"{path}: grid: unknown key")
+        values[key] = _scenes(path, key, values[key])
+    for key, known in (("form", FORM), ("grid", GRID)):
+        _need_keys(path, key, values.setdefault(key, {}), known)
+    _need_keys(path, "budget", values.get("budget", {}), None)
+    for key, value in values["form"].items():
+        _need_number(path, f"form: {key}", value, 0, whole=False)
+    values["form"] = {**FORM, **values["form"]}
+    for key in ("learning_rate", "beta_times"):
+        found = values["grid"].get(key, [1])
+        if not isinstance(found, list) or not found:
+            raise ValueError(f"{path}: grid: {key} is {found!r}; it must be a list of numbers")
+        for value in found:
+            _need_number(path, f"grid: {key}", value, 0, whole=False)
+    if "seed" in values["grid"]:
+        _need_number(path, "grid: seed", values["grid"]["seed"], 0)
+    for key, needed, more in (
+        ("comparisons", ("system", "against", "direction"), ("expected_by", "reported")),
+        ("matched", ("system", "recipe_of", "kl_of"), ()),
+    ):
+        if not isinstance(values.get(key, []), list):
+            raise ValueError(f"{path}: {key} is {values[key]!r}; it must be a list")
+        for entry in values.get(key, []):
+            _need_keys(path, key, entry, (*needed, *more))
+            if set(needed) - entry.keys():
+                raise ValueError(f"{path}: {key}: {entry} needs {', '.join(needed[:-1])} and {needed[-1]}")
     for entry in values["comparisons"]:
-        for key in entry:
-            require_known(key, ("system", "against", "direction", "expected_by", "reported"), f"{path}: unknown key")
-        if {"system", "against", "direction"} - entry.keys():
-            raise ValueError(f"{path}: comparison {entry} needs system, against and direction")
         require_known(entry["direction"], DIRECTIONS, f"{path}: unknown direction")
+    if not isinstance(values.get("curves", []), list):
+        raise ValueError(f"{path}: curves is {values['curves']!r}; it must be a list of systems")
     require_known(values.get("primary", "minimal_pair_accuracy"), BY_NAME, f"{path}: unknown figure")
     tuples = {key: tuple(values[key]) for key in ("comparisons", "matched", "curves") if key in values}
-    return Declared(path=path, **{**values, **tuples})
+    declared = Declared(path=path, **{**values, **tuples})
+    _need_apart(declared)
+    return declared
+
+
+def _need_keys(path: Path, what: str, found: Any, known: Iterable[str] | None) -> None:
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path}: {what}: {found!r} must be `key: value`")
+    for key in found:
+        require_known(key, found if known is None else known, f"{path}: {what}: unknown key")
+
+
+def _need_number(path: Path, what: str, value: Any, least: float, whole: bool = True) -> None:
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or value < least:
+        hint = " (YAML reads 3e-4 as text: write 3.0e-4)" if isinstance(value, str) and not whole else ""
+        raise ValueError(f"{path}: {what} is {value!r}; it must be a {'whole ' * whole}number from {least:g}{hint}")
+
+
+def _scenes(path: Path, key: str, found: Any) -> Scenes:
+    _need_keys(path, key, found, [f.name for f in dataclasses.fields(Scenes)])
+    for name in ("data", "scenes"):
+        if name not in found:
+            raise ValueError(f"{path}: {key}: {name} is missing")
+    least = {"scenes": 1, "skip": 0, "minimal_pairs": 0, "noise_step": 0}
+    for name, value in found.items():
+        if name != "data" and not (name == "minimal_pairs" and value is None):
+            _need_number(path, f"{key}: {name}", value, least[name])
+    return Scenes(**found)
+
+
+def _need_apart(declared: Declared) -> None:
+    """Raises ValueError where two of test, validation and training read the same rows."""
+    parts = {
+        "test": (declared.test.data, declared.test.skip, declared.test.scenes),
+        "validation": (declared.validation.data, declared.validation.skip, declared.validation.scenes),
+        "data": (declared.data, 0, declared.prompts),
+    }
+    for (one, (data, skip, count)), (two, (other, other_skip, other_count)) in itertools.combinations(parts.items(), 2):
+        if data == other and skip < other_skip + other_count and other_skip < skip + count:
+            raise ValueError(f"{declared.path}: {one} and {two} share rows of {data}: set skip, or another source")
 
 
 @dataclass(frozen=True)
@@ -122,7 +182,8 @@ def systems_of(paths: Sequence[Path], declared: Declared) -> list[System]:
             check_recipe(recipe)
             found[recipe.name] = System(recipe.name, recipe)
     for entry in declared.matched:
-        require_known(entry["recipe_of"], found, f"{declared.path}: matched: unknown system")
+        for key in ("recipe_of", "kl_of"):
+            require_known(entry[key], found, f"{declared.path}: matched: no given recipe has")
         twin = found[entry["recipe_of"]].recipe
         assert twin is not None  # the untrained model is no recipe's
         found[entry["system"]] = System(entry["system"], dataclasses.replace(twin, name=entry["system"]))
@@ -184,9 +245,6 @@ def make_run(system: System, seed: int, scenes: Scenes, declared: Declared, out:
     """
     extra = dataclasses.replace(declared.validation, scenes=min(EXTRA_SCENES, declared.validation.scenes))
     recipe = None if system.recipe is None else changed(system.recipe, system.settings)
-    if recipe is not None and recipe.test:
-        step = int(recipe.test["noise-step"])
-        scenes, extra = (dataclasses.replace(s, noise_step=step) for s in (scenes, extra))
     model = declared.model if recipe is None else model_of(recipe, declared)
     what = None
     if recipe is not None:

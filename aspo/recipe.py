@@ -26,7 +26,7 @@ import importlib
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,7 @@ MANAGED = ("out",)  # flags that a step cannot set: `aspo run` does
 ROWS, BEFORE = "{rows}", "{before}"  # in an option: what `aspo run --data` was given; the folder of the step before
 TRAIN_MANAGED = ("model_name_or_path", "train_data", "output_dir", "resume_from_checkpoint")
 TEXTS = ("name", "about", "source", "ours", "model")
-KEYS = (*TEXTS, "data", *FINAL_COMMANDS, "iterations", "vary", "test")
-TEST_KEYS = ("noise-step",)
+KEYS = (*TEXTS, "data", *FINAL_COMMANDS, "iterations", "vary")
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A parsed recipe. `final`: what makes the model; `test`: what `aspo compare` does to the rows it evaluates on."""
+    """A parsed recipe. `final`: what makes the model."""
 
     name: str
     path: Path
@@ -65,7 +64,6 @@ class Recipe:
     source: str = ""
     ours: str = ""
     iterations: int = 1
-    test: dict[str, Any] = field(default_factory=dict)
     vary: Any = None
 
     @property
@@ -98,16 +96,12 @@ def load_recipe(path: str | Path) -> Recipe:
         raise ValueError(f"{path}: iterations is {iterations!r}; it must be a number from 1")
     if iterations > 1 and not read.get("data"):
         raise ValueError(f"{path}: iterations is {iterations}, but there are no data steps to repeat")
-    test = _options(path, "test", read.get("test"))
-    for key in test:
-        require_known(key, TEST_KEYS, f"{path}: test: unknown key")
     recipe = Recipe(
         **{key: read[key] for key in TEXTS if key in read},
         path=path,
         data=tuple(_step(path, number, entry) for number, entry in enumerate(read.get("data") or (), start=1)),
         final=Step(finals[0], _options(path, finals[0], read[finals[0]])),
         iterations=iterations,
-        test=test,
         vary=read.get("vary"),
     )
     expand(recipe)  # refuses a bad `vary`

@@ -152,6 +152,18 @@ def _declared(tmp_path, **changes):
         ({"primary": "minimal_pairs"}, "unknown figure 'minimal_pairs'"),
         ({"comparisons": [{"system": "A", "against": "B", "direction": "up"}]}, "unknown direction 'up'"),
         ({"comparisons": [{"system": "A", "direction": "none"}]}, "needs system, against and direction"),
+        ({"comparisons": {"system": "A"}}, "comparisons is .*must be a list"),
+        ({"matched": [{"system": "A", "recipe": "B", "kl_of": "C"}]}, "matched: unknown key 'recipe'"),
+        ({"matched": [{"system": "A", "kl_of": "C"}]}, "needs system, recipe_of and kl_of"),
+        ({"prompts": "abc"}, "prompts is 'abc'; it must be a whole number from 1"),
+        ({"test": {"data": "x", "scenes": 0}}, "test: scenes is 0"),
+        ({"test": {"data": "x"}}, "test: scenes is missing"),
+        ({"test": "world:test"}, "test: 'world:test' must be"),
+        ({"test": {"data": "world:validation", "scenes": 5, "skip": 9}}, "test and validation share rows"),
+        ({"validation": {"data": "world:train", "scenes": 5, "skip": 31}}, "validation and data share rows"),
+        ({"grid": {"learning_rate": ["3e-4"], "seed": 100}}, "write 3.0e-4"),
+        ({"grid": {"learning_rate": 3.0, "seed": 100}}, "must be a list of numbers"),
+        ({"curves": "DPO"}, "curves is 'DPO'"),
     ],
 )
 def test_a_bad_declaration_is_refused(tmp_path, changes, message):
@@ -224,9 +236,6 @@ def test_a_run_is_known_by_all_that_decides_its_figures(tmp_path):
         key(System(START, None)),
     ]
     assert key() == key(System("Another name", dpo.recipe)) and len({key(), *others}) == 6
-    sight = dataclasses.replace(dpo.recipe, test={"noise-step": 300})
-    run = make_run(System("DPO", sight), 0, declared.test, declared, tmp_path)
-    assert (run.scenes.noise_step, run.extra.noise_step) == (300, 300)
 
 
 # ---- the grid ----
