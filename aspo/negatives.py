@@ -8,6 +8,7 @@ under their content, the autoencoder, settings. docs/misp.md tells it all.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 from collections import Counter
@@ -148,10 +149,16 @@ def _autoencoder(
     path = out / SAE_FILE
     config = SaeConfig(data.right.shape[1], data.text.shape[1], options.latents)
     origin = {"scorer": scorer, "pool": pool.digest, "steps": options.sae_steps, "seed": options.seed}
+    origin["rows"] = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
     if path.exists():
         sae, about = load_sae(path, data.pool.device)
         if sae.config == config and about.items() >= origin.items():
             return sae
+        if _written(out):
+            raise ValueError(
+                f"the rows in {out} have negatives of an autoencoder that was trained on other rows (another --limit, "
+                "or other data) or with another scorer; use the same, or another --out"
+            )
     with progress_bar() as bar:
         task = bar.add_task("training the autoencoder", total=options.sae_steps)
         sae, figures = train_sae(

@@ -231,7 +231,7 @@ def token_losses(
     """The clipped losses of N tokens. All (N,).
 
     kl: divergences, differentiable, which are added; for "reward" `logps - ref_logps`, detached, which the rewards are
-    reduced by: in the mean over tokens of the sampling policy that has the gradient of kl_coef * KL(policy || reference).
+    reduced by: in the mean over the sampling policy's tokens, with the gradient of kl_coef * KL(policy || reference).
     """
     if options.kl == "reward":
         return clipped_policy_gradient(logps, old_logps, rewards - options.kl_coef * kl, clip=options.clip, kl_coef=0.0)

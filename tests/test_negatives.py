@@ -350,6 +350,18 @@ def test_candidates_limit_what_a_row_is_given(made, no_pictures):
         assert math.fsum(math.exp(q) for q in row["negative_log_q"]) == pytest.approx(1, abs=1e-5)
 
 
+def test_an_autoencoder_of_other_rows_is_not_gone_on_with(made, no_pictures, capsys):
+    assert command(made, "--limit", "2") == 0
+    capsys.readouterr()
+    before = written(made)
+    assert command(made) == cli.USAGE
+    assert "an autoencoder that was trained on other rows (another --limit" in capsys.readouterr().err
+    assert written(made) == before and command(made, "--limit", "2") == 0
+    (made / "out" / "rows.jsonl").unlink()  # stopped before its first row: the autoencoder is trained anew
+    assert command(made) == 0 and command(made, out="whole") == 0
+    assert written(made) == written(made, "whole")
+
+
 def test_the_pool_is_by_default_the_images_of_the_rows(made, capsys):
     assert command(made, "--count", "2", method="random", pool=None) == 0
     own = {name for row in written(made) for name in row.get("images", ())}
