@@ -328,6 +328,22 @@ def test_a_broken_file_is_named(tmp_path, name, file, edit, message):
         OWN[name].load(broken(tmp_path, name, file, edit))
 
 
+def test_two_files_for_one_are_both_named_and_none_is_taken(tmp_path):
+    root = files("pope", tmp_path)
+    shutil.copy(root / "coco_pope_random.json", root / "aokvqa_pope_random.json")
+    with pytest.raises(
+        ValueError, match=r"several \*pope_random.json\*: aokvqa_pope_random.json, coco_pope_random.json"
+    ):
+        POPE.load(Source(root))
+    coco = files("chair", tmp_path)
+    captions = coco / "annotations"
+    (captions / "captions_val2014.json").rename(captions / "captions_val2017.json")
+    assert CHAIR.load(Source(coco))
+    shutil.copy(captions / "captions_val2017.json", captions / "captions_train2017.json")
+    with pytest.raises(ValueError, match=r"captions_train2017.json, annotations.captions_val2017.json"):
+        CHAIR.load(Source(coco))
+
+
 @pytest.mark.parametrize("name", sorted(set(OWN) - {"amber-g", "amber-d"}))
 def test_a_missing_file_or_image_is_named(tmp_path, name):
     with pytest.raises(ValueError, match=r"has no .*: docs/suite.md"):
@@ -430,7 +446,7 @@ def test_the_command_goes_on_where_it_was_stopped(tmp_path, stub, capsys):
     assert first["judge"] == {"url": url, "model": "j"} and first["suite"] == "shr"
     assert json.loads((tmp_path / "out.answers.json").read_text())["12"] == "A dog."
     out = capsys.readouterr().out
-    assert "SHR: hallucinated / judged sentences (%)" in out and "verdicts could not be read" in out
+    assert "SHR: hallucinated / sentences with a verdict (%)" in out and "verdicts could not be read" in out
 
 
 def test_two_systems_are_compared_with_paired_intervals(tmp_path, stub):

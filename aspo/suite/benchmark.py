@@ -21,9 +21,18 @@ class Source:
     images: Path | None = None
 
     def file(self, *names: str) -> Path:
-        """The first of `names` (patterns are fine) that is there. Raises ValueError where none is."""
+        """The file of the first of `names` (patterns are fine) that is there.
+
+        Raises ValueError where none is, and where a pattern has several.
+        """
         for name in names:
-            if found := sorted(self.root.glob(name)):
+            found = sorted(self.root.glob(name))
+            if len(found) > 1:
+                several = ", ".join(str(path.relative_to(self.root)) for path in found)
+                raise ValueError(
+                    f"{self.root} has several {name}: {several}; keep the one to score in a folder of its own"
+                )
+            if found:
                 return found[0]
         others = f" (nor {', '.join(names[1:])})" if names[1:] else ""
         raise ValueError(f"{self.root} has no {names[0]}{others}: docs/suite.md says what the benchmark's folder holds")

@@ -53,7 +53,9 @@ SUITE_GROUPS: dict[str, tuple[Figure, ...]] = {
         ),
     ),
     "SHR, judged": (
-        ratio("shr_judged", "SHR: hallucinated / judged sentences", "shr_false", "shr_judged_sentences", "lower"),
+        ratio(
+            "shr_judged", "SHR: hallucinated / sentences with a verdict", "shr_false", "shr_judged_sentences", "lower"
+        ),
         ratio("shr_words", "the same, by words", "shr_false_words", "shr_judged_words", "lower"),
         ratio("shr_cannot_judge", "sentences that cannot be judged", "shr_cannot", "shr_judged_sentences"),
         ratio("shr_sentences", "sentences per answer", "shr_all_sentences", "shr_answers", percent=False),
