@@ -4,7 +4,10 @@ import argparse
 import dataclasses
 import json
 import math
+import os
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from aspo.compare_statistics import Table, holm, interval, resampled, seed_inter
 from aspo.compare_table import analyse, judge, markdown, write_all
 from aspo.compare_work import answer_kl, is_done, read_counts
 from aspo.figures import ratio
+from aspo.generation import Answer
 from aspo.model import load_model
 from aspo.recipe import load_recipe
 
@@ -337,6 +341,8 @@ def test_the_grid_writes_what_it_tried_and_chose(tmp_path):
     }
     table = (tmp_path / "grid.md").read_text()
     assert table.count("| DPO |") == 4 and table.count("chosen") == 3 and "0.4800" in table
+    assert table.count("chosen, at the edge") == 2  # the matched one's rate is no grid's
+    assert "edge of the grid: DPO, ASPO-S\n" in (tmp_path / "chosen.yaml").read_text()
 
 
 # ---- running, stopping, going on ----
@@ -346,9 +352,10 @@ class Work:
     """Stands in for `compare_work.work`: notes tasks, makes results; fails for names in `fail`, ends after `stop`."""
 
     def __init__(self):
-        self.done, self.fail, self.stop = [], (), None
+        self.done, self.fail, self.stop, self.before = [], (), None, lambda: None
 
     def __call__(self, task):
+        self.before()
         name = task.system.name if hasattr(task, "system") else task.folder.name.split("-")[0]
         if self.stop is not None and len(self.done) >= self.stop:
             raise KeyboardInterrupt
@@ -511,7 +518,8 @@ def test_the_table_says_what_was_declared_and_what_is_fair(tmp_path):
     assert first.difference.value == pytest.approx(0.1, abs=0.03)
     assert outcome.fair == {START: True, "DPO": True, "ASPO": False}  # ASPO's answers are shorter
     assert outcome.extra["DPO"]["kl"].value == pytest.approx(2.5)
-    write_all(outcome, tmp_path, {})
+    write_all(outcome, tmp_path, {"$\\alpha$, and $": runs["DPO"]})
+    assert "$" in (tmp_path / "rewards.svg").read_text()
     text = markdown(outcome)
     assert "| MISP-DPO − DPO | higher |  | − |  | not run |" in text and "| ASPO − DPO | higher | paper |" in text
     lines = (tmp_path / "figures.csv").read_text().splitlines()
@@ -556,6 +564,19 @@ def test_the_divergence_of_answers_is_that_of_the_logits(tmp_path):
     assert total > 0.01
 
 
+def test_the_divergence_is_of_what_was_sampled(monkeypatch):
+    """No end of turn behind an answer that was cut off, and nothing in the place of an empty one."""
+    model, processor = load_model("world")
+    answers = [Answer("a red circle.", 5, True), Answer("a blue", 3, False), Answer(" ", 1, True)]
+    monkeypatch.setattr(compare_work, "generate_answers", lambda *_, **__: answers)
+    monkeypatch.setattr(compare_work, "start_model", lambda name: name)
+    asked = []
+    monkeypatch.setattr(compare_work, "answer_kl", lambda model, start, processor, rows: asked.extend(rows) or 0.5)
+    compare_work.extra_figures(model, "start", processor, Scenes("world:validation", 3))
+    assert [(row["chosen"], row["unfinished"]) for row in asked] == [("a red circle.", False), ("a blue", True)]
+    assert math.isnan(answer_kl(model, model, processor, []))
+
+
 def test_extra_figures_are_of_the_model_against_its_start(monkeypatch):
     model, processor = load_model("world")
     asked = []
@@ -567,6 +588,134 @@ def test_extra_figures_are_of_the_model_against_its_start(monkeypatch):
     assert 5 < found["image_gap"] < 200  # the model does look: a true description needs the image
     noised = compare_work.extra_figures(model, "its start", processor, Scenes("world:validation", 3, noise_step=999))
     assert noised["image_gap"] < found["image_gap"]
+
+
+def test_opening_the_test_scenes_is_noted_once_and_a_change_is_told(tmp_path, work):
+    _declared(tmp_path)
+    out = tmp_path / "out"
+    assert compare.run(_arguments(tmp_path, "--seeds", 2, "--dry-run")) == 0 and not (out / "opened.json").exists()
+    seen = []
+    work.before = lambda: seen.append((out / "opened.json").exists())
+    assert compare.run(_arguments(tmp_path, "--seeds", 2)) == 0
+    assert seen and all(seen)  # before the first task
+    record = (out / "opened.json").read_text()
+    table = (out / "table.md").read_text()
+    for hashed in json.loads(record)["openings"][0].values():
+        assert hashed in table
+    assert "changed after" not in table
+    assert compare.run(_arguments(tmp_path, "--seeds", 2)) == 0 and (out / "opened.json").read_text() == record
+    given = _arguments(tmp_path, "--seeds", 2)
+    (tmp_path / "chosen" / "declared.yaml").write_text("DPO: {train.learning_rate: 3.0}\nASPO: {}\n")
+    assert compare.run(given) == 0
+    table = (out / "table.md").read_text()
+    assert "The declared file or the settings changed after the test scenes were opened" in table
+    assert "Recipes changed after the test scenes were opened: DPO, ASPO." in table
+    assert (
+        json.loads(record)["openings"][0]["time"] in table
+        and len(json.loads((out / "opened.json").read_text())["openings"]) == 2
+    )
+    assert compare.run(_arguments(tmp_path, "--seeds", 2)) == 0  # the first settings again do not undo it
+    assert "settings changed after" in (out / "table.md").read_text()
+    (out / "opened.json").write_text("{")
+    with pytest.raises(ValueError, match=r"opened\.json cannot be read"):
+        compare.run(_arguments(tmp_path, "--seeds", 2))
+
+
+def test_flags_that_would_be_ignored_are_refused(tmp_path, work):
+    _declared(tmp_path)
+    for more, message in (
+        (("--quick", "--seeds", 5), "--quick has 2 seeds"),
+        (("--grid", "--seeds", 5), "drop --seeds and --chosen"),
+        (("--grid", "--chosen", "x.yaml"), "drop --seeds and --chosen"),
+        (("--seeds", 0), "--seeds is 0"),
+        (("--seeds", 101), "the grid's seed, 100, is one of "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare.run(_arguments(tmp_path, *more))
+    assert work.done == []
+
+
+def test_a_name_that_no_recipe_has_is_told(tmp_path, work, capsys):
+    _declared(tmp_path, curves=["DPO", "DPPO"], comparisons=[{"system": "X", "against": "DPO", "direction": "none"}])
+    assert compare.run(_arguments(tmp_path, "--dry-run")) == 0
+    assert "no given recipe has: X, DPPO" in capsys.readouterr().out
+
+
+class Deadly:
+    """A task in whose hands the process dies, or one that raises what nobody expects; see `compare_work.work`."""
+
+    def __init__(self, folder, how):
+        self.folder, self.how = folder, how
+
+    def __getattribute__(self, name):
+        if name == "marker" or name == "done":  # the first thing that `run_planned` asks
+            how = object.__getattribute__(self, "how")
+            if how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise SystemExit(3) if how == "exit" else AssertionError("not so")
+        return object.__getattribute__(self, name)
+
+
+def test_a_killed_process_and_any_exception_are_one_outcome_each(tmp_path):
+    hows = ["assert", "kill", "exit", "assert"]
+    tasks = [Deadly(tmp_path / f"{n}-{how}", how) for n, how in enumerate(hows)]
+    found = {outcome["name"]: outcome["error"] for outcome in compare.results(tasks, 2)}
+    assert set(found) == {task.folder.name for task in tasks} and all(found.values())
+    assert "was killed" in found["1-kill"] and "AssertionError: not so" in found["3-assert"]
+    assert next(compare.results(tasks[2:3], 1))["error"].startswith("SystemExit: 3")
+
+
+def test_other_scenes_of_the_same_number_are_refused():
+    a, b = _table(np.ones((2, 3))), _table(np.ones((2, 3)))
+    with pytest.raises(ValueError, match="b and a were judged on other scenes"):
+        resampled(
+            {"a": dataclasses.replace(a, ids=("1", "2", "3")), "b": dataclasses.replace(b, ids=("1", "2", "4"))},
+            [ACCURACY],
+        )
+
+
+def test_what_is_not_alike_is_told(tmp_path):
+    declared = _declared(tmp_path)
+    names = ("dpo", "csr", "kto", "sft", "fisao_online")
+    systems = systems_of([ROOT / "world" / f"{name}.yaml" for name in names], declared)
+    runs = {s.name: [make_run(s, 0, declared.test, declared, tmp_path)] for s in (System(START, None), *systems)}
+    assert compare_notes.unlike(runs, declared) == [
+        "On pairs or answers of their own, not on DPO's: CSR, FiSAO, on-policy.",
+        "CSR: 3 iterations of 2 steps, each on the same first 11 prompts.",
+        "KTO: a step has 16 answers, not 16 pairs.",
+        "FiSAO, on-policy: samples its own answers, with a budget of its own (see its recipe).",
+        "Without a beta, so with fewer settings tried in the grid: SFT on the chosen, FiSAO, on-policy.",
+    ]
+
+
+def test_rewards_are_read_off_the_training_log(tmp_path):
+    declared = _declared(tmp_path)
+    (dpo,) = systems_of([ROOT / "world" / "dpo.yaml"], declared)
+    run = make_run(dpo, 0, declared.test, declared, tmp_path)
+    assert compare_work.reward_figures(run) == {}
+    log = [
+        {"step": 5, "rewards/chosen": -0.4, "rewards/rejected": -0.5, "rewards/accuracies": 0.5},
+        {"step": 10, "rewards/chosen": -0.1, "rewards/rejected": -0.9, "rewards/accuracies": 0.8},
+        {"step": 10, "train_runtime": 3.0},
+    ]
+    (run.folder / "train" / "model").mkdir(parents=True)
+    (run.folder / "train" / "model" / "log_history.json").write_text(json.dumps(log))
+    assert compare_work.reward_figures(run) == {
+        "chosen_reward_final": -0.1,
+        "chosen_reward_min": -0.4,
+        "rejected_reward_final": -0.9,
+        "margin_accuracy_final": 0.8,
+    }
+
+
+def test_the_tenth_iteration_comes_behind_the_second(tmp_path):
+    for name in ("iteration-2", "iteration-10"):
+        (tmp_path / name / "merged").mkdir(parents=True)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    assert compare_work._base(SimpleNamespace(model="start"), tmp_path / "model") == str(
+        tmp_path / "iteration-10" / "merged"
+    )
 
 
 @pytest.mark.slow
