@@ -19,6 +19,13 @@ FUZZY_CUTOFF = 0.88
 FUZZY_LETTERS = 5
 """Words and names of fewer letters are never taken for one another."""
 
+IRREGULAR_PLURALS = {
+    **{"men": "man", "women": "woman", "children": "child", "policemen": "policeman", "gentlemen": "gentleman"},
+    **{"knives": "knife", "shelves": "shelf", "scarves": "scarf", "calves": "calf", "wolves": "wolf"},
+    **{"mice": "mouse", "geese": "goose", "oxen": "ox"},
+}
+"""Plurals that no ending makes, of words that name objects."""
+
 _WORD = re.compile(r"[^\W\d_]+")
 Row = Mapping[str, Any]
 
@@ -116,8 +123,10 @@ class ObjectVocabulary:
 
 
 def _plurals(name: str) -> list[str]:
-    plurals = [name + "s", name + "es"]
-    return [*plurals, name[:-1] + "ies"] if name.endswith("y") else plurals
+    before, space, last = name.rpartition(" ")
+    irregular = [before + space + plural for plural, singular in IRREGULAR_PLURALS.items() if singular == last]
+    endings = [name + "s", name + "es"] + ([name[:-1] + "ies"] if name.endswith("y") else [])
+    return irregular + endings
 
 
 def _fold(text: str) -> tuple[str, list[int]]:

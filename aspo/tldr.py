@@ -27,7 +27,7 @@ from aspo.folder import row_name
 from aspo.forward import batch_to
 from aspo.generation import generate_answers
 from aspo.model import inference, load_model, output_head, trunk_hidden
-from aspo.object_words import ObjectVocabulary, ObjectWord, judge_words, load_vocabulary
+from aspo.object_words import IRREGULAR_PLURALS, ObjectVocabulary, ObjectWord, judge_words, load_vocabulary
 from aspo.policy import LoraOptions, add_lora, disable_dropout
 from aspo.resume import write_json
 from aspo.rows import load_rows
@@ -97,8 +97,9 @@ def _wrong_entries(word: ObjectWord, vocabulary: ObjectVocabulary, named: set[st
 
 def _like(said: str, entry: str, new: str) -> str:
     """`new` with the capital and the plural of what was said of an entry."""
-    plural = said.casefold() != entry and said.casefold().endswith("s") and not new.endswith("s")
-    new = new + "s" if plural else new
+    folded = said.casefold()
+    plural = folded != entry and (folded.endswith("s") or folded.split()[-1] in IRREGULAR_PLURALS)
+    new = new + "s" if plural and not new.endswith("s") else new
     return new[:1].upper() + new[1:] if said[:1].isupper() else new
 
 

@@ -63,6 +63,7 @@ def test_object_words_have_their_places_their_entries_and_their_names():
     assert found == [
         ("hot\n dogs", "hot dog", "hot dog"),
         ("PUPPY", "puppy", "dog"),
+        ("Men", "man", "person"),
         ("man", "man", "person"),
         ("STRASSE", "strasse", "strasse"),
         ("straße", "strasse", "strasse"),
@@ -70,6 +71,9 @@ def test_object_words_have_their_places_their_entries_and_their_names():
     ]
     assert ObjectVocabulary(vocabulary.lines).canonical == vocabulary.canonical
     assert vocabulary.mentions("a girafe") == []
+    irregular = ObjectVocabulary(["person, traffic policeman", "computer mouse", "knife, knive", "wolf"])
+    text = "Traffic policemen, computer mice, knives, a wolf among wolves"
+    assert irregular.mentions(text) == ["person", "computer mouse", "knife", "wolf", "wolf"]
 
 
 @pytest.mark.parametrize(

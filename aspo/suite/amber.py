@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from aspo.metrics import Counts, yes_no
+from aspo.object_words import IRREGULAR_PLURALS
 from aspo.suite.benchmark import Benchmark, Item, Row, Source, need, read_json, read_rows
 
 KINDS = {
@@ -15,8 +16,6 @@ KINDS = {
     **dict.fromkeys((f"discriminative-attribute-{part}" for part in ("state", "number", "action")), "attribute"),
     **dict.fromkeys(("discriminative-relation", "relation"), "relation"),
 }
-IRREGULAR = {"men": "man", "women": "woman", "children": "child", "knives": "knife", "geese": "goose", "mice": "mouse"}
-IRREGULAR |= {"shelves": "shelf", "scarves": "scarf", "benches": "bench"}
 # Words of AMBER's list that a description uses as verb or adjective more often than as a noun ("can be seen"): the
 # original tags parts of speech; we count these only behind a word that a noun follows, or in the plural.
 SELDOM_NOUNS = {"can", "leave", "hot", "support", "watch", "sailing", "lock", "switch", "drink", "file", "bear", "rock"}
@@ -49,7 +48,7 @@ class Associations:
 
 
 def _singulars(word: str) -> list[str]:
-    forms = [word, IRREGULAR.get(word, word)]
+    forms = [word, IRREGULAR_PLURALS.get(word, word)]
     if word.endswith("ies"):
         forms.append(word[:-3] + "y")
     if word.endswith("es"):

@@ -16,9 +16,6 @@ ANIMALS = "bird|cat|dog|horse|sheep|cow|elephant|bear|zebra|giraffe|animal|cub"
 # The original's rules beside its synonyms, where they change anything: "baby bird" and "passenger jet" name no person,
 # and where a toilet is named a seat is no chair.
 QUALIFIED = re.compile(rf"\b(?:(?:baby|adult)\s+(?=(?:{ANIMALS})(?:s|es)?\b)|passenger\s+(?=(?:jet|train)s?\b))")
-IRREGULAR = {"men": "man", "women": "woman", "children": "child", "knives": "knife", "mice": "mouse", "geese": "goose"}
-IRREGULAR |= {"calves": "calf", "wolves": "wolf", "oxen": "ox", "policemen": "policeman", "gentlemen": "gentleman"}
-_IRREGULAR = re.compile(rf"\b({'|'.join(IRREGULAR)})\b")
 
 
 class CocoObjects:
@@ -36,9 +33,7 @@ class CocoObjects:
 
     def plain(self, text: str) -> str:
         """The text with the original's rules applied, in lower case, ready for `vocabulary`."""
-        known = self.vocabulary.canonical
         text = QUALIFIED.sub("", " ".join(text.split()).casefold())
-        text = _IRREGULAR.sub(lambda m: m[0] if m[0] in known else IRREGULAR[m[0]], text)
         return re.sub(r"\bseats?\b", "", text) if re.search(r"\btoilets?\b", text) else text
 
     def named(self, text: str) -> list[str]:
