@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from interval_coverage import ACCURACY, coverage, table
 from safetensors.numpy import save_file
 from tiny import tiny_llava, tiny_rows
 
@@ -20,16 +21,14 @@ import aspo
 from aspo import cli, compare, compare_grid, compare_notes, compare_work
 from aspo.compare_grid import candidates, choose, keeps_form, match_kl, next_rate
 from aspo.compare_plan import START, Scenes, System, budgeted, load_declared, make_run, systems_of
-from aspo.compare_statistics import Table, holm, interval, resampled, seed_interval, t_cdf, t_interval, t_quantile
+from aspo.compare_statistics import Table, holm, interval, resampled, t_cdf, t_interval, t_quantile
 from aspo.compare_table import analyse, judge, markdown, write_all
 from aspo.compare_work import answer_kl, is_done, read_counts
-from aspo.figures import ratio
 from aspo.generation import Answer
 from aspo.model import load_model
 from aspo.recipe import load_recipe
 
 ROOT = Path(aspo.__file__).parent.parent / "recipes"
-ACCURACY = ratio("accuracy", "accuracy", "right", "asked")
 
 
 @pytest.fixture(autouse=True)
@@ -56,17 +55,12 @@ def test_holm_by_hand():
     assert holm([0.6, 0.9]) == [1.0, 1.0]
 
 
-def _table(right):
-    right = np.asarray(right, dtype=np.float64)
-    return Table(np.stack([right, np.ones_like(right)], axis=-1), ("right", "asked"))
-
-
 def test_both_seeds_and_scenes_are_resampled():
     """Where only one of the two matters, the resamples' spread is that factor's own standard error."""
     rng = np.random.default_rng(0)
     by_seed, by_scene = rng.random((8, 1)), rng.random((1, 500))
     values = resampled(
-        {"a": _table(np.repeat(by_seed, 500, 1)), "b": _table(np.repeat(by_scene, 8, 0))}, [ACCURACY], 4000
+        {"a": table(np.repeat(by_seed, 500, 1)), "b": table(np.repeat(by_scene, 8, 0))}, [ACCURACY], 4000
     )
     a, b = values["a"]["accuracy"], values["b"]["accuracy"]
     assert (a[0], b[0]) == pytest.approx((by_seed.mean(), by_scene.mean())) and len(a) == 4001
@@ -77,7 +71,7 @@ def test_both_seeds_and_scenes_are_resampled():
 def test_differences_are_paired():
     rng = np.random.default_rng(0)
     right = rng.random((4, 200)) < 0.5
-    values = resampled({"a": _table(right), "b": _table(right), "c": _table(right * 0.9)}, [ACCURACY], 200)
+    values = resampled({"a": table(right), "b": table(right), "c": table(right * 0.9)}, [ACCURACY], 200)
     same = interval(values["a"]["accuracy"] - values["b"]["accuracy"], 4)
     assert (same.value, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
     other = interval(values["a"]["accuracy"] - values["c"]["accuracy"], 4)
@@ -88,33 +82,10 @@ def test_differences_are_paired():
 
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ValueError, match=r"differ in \(seeds, scenes\)"):
-        resampled({"a": _table(np.ones((2, 5))), "b": _table(np.ones((3, 5)))}, [ACCURACY])
+        resampled({"a": table(np.ones((2, 5))), "b": table(np.ones((3, 5)))}, [ACCURACY])
     with pytest.raises(ValueError, match="b has no counts of asked"):
-        resampled({"a": _table(np.ones((2, 5))), "b": Table(np.ones((2, 5, 1)), ("right",))}, [ACCURACY])
+        resampled({"a": table(np.ones((2, 5))), "b": Table(np.ones((2, 5, 1)), ("right",))}, [ACCURACY])
     assert math.isnan(interval(np.array([0.5, 0.4, 0.6]), seeds=1).low)  # one seed has no spread
-
-
-def coverage(trials, seeds, scenes, seed_sd, system_by_scene_sd, noise_sd, resamples=400):
-    """Share of intervals that hold the true difference, 0: (t on resamples, their percentiles, t over seeds alone).
-
-    docs/evidence.md has these for 400 trials and several worlds.
-    """
-    rng = np.random.default_rng(1)
-    held = np.zeros(3)
-    for trial in range(trials):
-        scene = rng.normal(0, 1, scenes)
-
-        def system(scene=scene):
-            by_scene, by_seed = rng.normal(0, system_by_scene_sd, (1, scenes)), rng.normal(0, seed_sd, (seeds, 1))
-            return rng.normal(0, noise_sd, (seeds, scenes)) + scene + by_scene + by_seed > 0
-
-        a, b = system(), system()
-        values = resampled({"a": _table(a), "b": _table(b)}, [ACCURACY], resamples, seed=trial)
-        difference = values["b"]["accuracy"] - values["a"]["accuracy"]
-        ours, alone = interval(difference, seeds), seed_interval((b.mean(1) - a.mean(1)).tolist())
-        low, high = np.percentile(difference[1:], [2.5, 97.5])
-        held += [ours.low <= 0 <= ours.high, low <= 0 <= high, alone.low <= 0 <= alone.high]
-    return held / trials
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -666,7 +637,7 @@ def test_a_killed_process_and_any_exception_are_one_outcome_each(tmp_path):
 
 
 def test_other_scenes_of_the_same_number_are_refused():
-    a, b = _table(np.ones((2, 3))), _table(np.ones((2, 3)))
+    a, b = table(np.ones((2, 3))), table(np.ones((2, 3)))
     with pytest.raises(ValueError, match="b and a were judged on other scenes"):
         resampled(
             {"a": dataclasses.replace(a, ids=("1", "2", "3")), "b": dataclasses.replace(b, ids=("1", "2", "4"))},
