@@ -36,7 +36,7 @@ from aspo.negative_sources import (
     read_pool,
     rows_at_a_time,
 )
-from aspo.resume import write_json
+from aspo.resume import check_settings, write_json
 from aspo.sae import BilinearSae, Deviations, SaeConfig, latent_examples, load_sae, save_sae, train_sae
 from aspo.scorers import Scorer, load_scorer
 from aspo.scores import progress_bar
@@ -281,27 +281,10 @@ def run(args: argparse.Namespace) -> int:
         pool = read_pool(images if args.pool is None else args.pool)
     out = Path(args.out)
     settings = {name: getattr(args, name) for name in ("data", "image_root", "scorer")} | asdict(options)
-    _check_settings(out, settings | {"pool": None if pool is None else pool.digest})
+    settings |= {"pool": None if pool is None else pool.digest}
+    if (out / ROWS_FILE).exists():
+        check_settings(out / SETTINGS_FILE, settings, "aspo negatives", "rows")
+    write_json(out / SETTINGS_FILE, settings)
     scorer = None if args.scorer is None else load_scorer(args.scorer, args.device)
     print(summary(add_negatives(rows, out, options, scorer=scorer, pool=pool, device=resolve_device(args.device)), out))
     return 0
-
-
-def _check_settings(out: Path, settings: Mapping[str, Any]) -> None:
-    """What the negatives depend on; a run that goes on must have the same."""
-    path = out / SETTINGS_FILE
-    settings = json.loads(json.dumps(settings))
-    if (out / ROWS_FILE).exists():
-        if not path.exists():
-            raise ValueError(f"{out} already holds rows that `aspo negatives` did not make; use another --out")
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON: {error}; use another --out") from error
-        for name, value in settings.items():
-            if before.get(name) != value:
-                flag = "the pool of images" if name == "pool" else "--" + name.replace("_", "-")
-                raise ValueError(
-                    f"{out} was begun with {flag} {before.get(name)}, not {value}; use the same, or another --out"
-                )
-    write_json(path, settings)

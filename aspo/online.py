@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 from aspo.model import load_model
 from aspo.object_words import ObjectVocabulary
 from aspo.online_trainer import HISTORY_FILE, KL_KINDS, OnlineOptions, OnlineTrainer, round_prompts
-from aspo.resume import Interrupt, differences, write_json
+from aspo.resume import Interrupt, check_settings, write_json
 from aspo.rows import load_rows
 from aspo.scorers import load_scorer
 from aspo.scores import progress_bar
@@ -20,7 +18,7 @@ from aspo.validate import validate_rows
 from aspo.verifier import Calibration, Verifier
 
 RUN_FILE = "run.json"
-FREE_ON_RESUME = ("rounds", "device")  # may differ when a run goes on: a run can be made longer
+FREE_ON_RESUME = ("rounds", "device", "finished")  # may differ when a run goes on: a run can be made longer
 
 DESCRIPTION = """\
 Train a model on its own answers with token rewards: sample answers, score their object words, take clipped steps with a
@@ -94,9 +92,10 @@ def run(args: argparse.Namespace) -> int:
         "prompts": len(rows),
         "calibration": calibration.to_json(),
     }
-    there = _record(args.out, record)
-    if there.get("finished") and there["rounds"] >= options.rounds:
-        print(f"{args.out} is finished ({there['rounds']} rounds); give more --rounds, or another --out")
+    there = "checkpoints" if checkpoints(args.out) else None
+    before = check_settings(args.out / RUN_FILE, record, "aspo online", there, free=FREE_ON_RESUME)
+    if before.get("finished") and before["rounds"] >= options.rounds:
+        print(f"{args.out} is finished ({before['rounds']} rounds); give more --rounds, or another --out")
         return 0
     trainer = OnlineTrainer(
         *load_model(args.model, args.dtype, device=args.device),
@@ -146,20 +145,3 @@ def round_line(figures: dict[str, float]) -> str:
     }
     parts = [f"{label} {figures[name]:{form}}" for label, (name, form) in shown.items() if name in figures]
     return f"round {figures['round']:.0f}: " + ", ".join(parts)
-
-
-def _record(out: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier run in `out` noted, {} without one. ValueError where its settings were others."""
-    path = out / RUN_FILE
-    if not path.is_file():
-        if checkpoints(out):
-            raise ValueError(f"{out} holds checkpoints of something else (no {RUN_FILE}); use another --out")
-        return {}
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}; use another --out") from error
-    changed = differences({k: v for k, v in before.items() if k != "finished"}, record, FREE_ON_RESUME)
-    if changed:
-        raise ValueError(f"{out} holds a run of other settings ({'; '.join(changed)}): use the same, or another --out")
-    return before

@@ -21,7 +21,7 @@ from aspo.model import load_model
 from aspo.pair_makers import MADE, METHODS, Make, Row, seva
 from aspo.pair_makers.noise import NOISE_STEPS, add_noise, image_seeds, noise_schedule
 from aspo.pair_makers.seva import DROPPED, answer_pairs, judge
-from aspo.resume import write_json
+from aspo.resume import check_settings, write_json
 from aspo.scores import progress_bar
 
 DONE_FILE, SETTINGS_FILE = "done.jsonl", "settings.json"
@@ -225,19 +225,9 @@ def _check_settings(args: argparse.Namespace, options: Mapping[str, Any], out: P
     settings = given | {name: value for name, value in options.items() if name != "device"}
     if args.method != "seva":  # whose settings were written before there were others
         settings = {"method": args.method, **settings}
-    path = out / SETTINGS_FILE
-    if not (out / ROWS_FILE).exists() and not (out / DONE_FILE).exists():
-        return settings
-    if not path.exists():
-        raise ValueError(f"{out} already holds rows that `aspo pairs` did not make; use another --out")
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}; use another --out") from error
-    for name, value in {"method": "seva", **settings}.items():
-        there = before.get(name, "seva" if name == "method" else None)
-        if there != value:
-            raise ValueError(f"{out} was begun with {_flag(name)} {there}, not {value}; use the same, or another --out")
+    if (out / ROWS_FILE).exists() or (out / DONE_FILE).exists():
+        seva_too = {"method": "seva", **settings}
+        check_settings(out / SETTINGS_FILE, seva_too, "aspo pairs", "rows", before_all={"method": "seva"})
     return settings
 
 

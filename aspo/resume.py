@@ -74,6 +74,43 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: tuple[str,
     return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
 
 
+def check_settings(
+    path: Path,
+    settings: Mapping[str, Any],
+    maker: str,
+    there: str | None,
+    *,
+    free: tuple[str, ...] = (),
+    later: tuple[str, ...] = (),
+    before_all: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The settings that the run which began a folder noted in `path`, {} without one.
+
+    Args:
+        maker: the command, for the message.
+        there: what the folder holds already ("rows"), None for nothing: then it may lack settings.
+        free: beginnings of names that may differ. later: names that may be given where they were not.
+        before_all: what settings were that older files do not name.
+
+    Raises ValueError where settings differ, cannot be read, or are missing though there are results.
+    """
+    if not path.exists():
+        if there is not None:
+            raise ValueError(f"{path.parent} already holds {there} that `{maker}` did not make; use another --out")
+        return {}
+    try:
+        noted: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}; use another --out") from error
+    before = {**(before_all or {}), **noted}
+    before |= {name: settings[name] for name in later if not before.get(name)}
+    if changed := differences(before, settings, free):
+        raise ValueError(
+            f"{path.parent} was begun with other settings ({'; '.join(changed)}): use the same, or another --out"
+        )
+    return noted
+
+
 class Interrupt(TrainerCallback):
     """While entered, the first Ctrl-C ends training after the step in hand with a checkpoint, a second one at once."""
 

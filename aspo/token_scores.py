@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from aspo.folder import ROWS_FILE, append_row, image_entries, read_lines, row_name
 from aspo.judges import image_hash
-from aspo.resume import differences, write_json
+from aspo.resume import check_settings, write_json
 from aspo.rows import load_rows
 from aspo.scores import progress_bar
 from aspo.validate import validate_rows
@@ -47,20 +46,8 @@ def begin(out: Path, settings: Mapping[str, Any], free: tuple[str, ...] = ()) ->
     free: settings that may be given later (None before).
     """
     path = out / SETTINGS_FILE
-    if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON: {error}; use another --out") from error
-        changed = differences(
-            {**before, **{name: settings[name] for name in free if not before.get(name)}}, settings, ()
-        )
-        if changed:
-            raise ValueError(
-                f"{out} was begun with other settings ({'; '.join(changed)}): use the same, or another --out"
-            )
-    elif (out / ROWS_FILE).exists():
-        raise ValueError(f"{out} already holds rows that `aspo rewards` did not make; use another --out")
+    there = "rows" if (out / ROWS_FILE).exists() else None
+    check_settings(path, settings, "aspo rewards", there, later=free)
     write_json(path, settings)
 
 

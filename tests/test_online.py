@@ -309,7 +309,7 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(calibration
     online(*command(calibration, out, 1))
     online(*command(calibration, out, 1))
     assert "is finished (1 rounds)" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"run of other settings \(clip: 0.2 -> 0.3\)"):
+    with pytest.raises(ValueError, match=r"begun with other settings \(clip: 0.2 -> 0.3\)"):
         online(*command(calibration, out, 1), "--clip", 0.3)
     online(*command(calibration, out, 2))  # more rounds go on
     assert len(json.loads((out / "log_history.json").read_text())) == 2

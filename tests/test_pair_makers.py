@@ -454,7 +454,7 @@ def test_a_stopped_run_goes_on_with_the_same_rows(method, tmp_path, monkeypatch)
     for name in ("rows.jsonl", "done.jsonl", "settings.json"):
         assert (part / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert json.loads((part / "settings.json").read_text())["method"] == method
-    with pytest.raises(ValueError, match=f"was begun with --method {method}, not seva"):
+    with pytest.raises(ValueError, match=f"was begun with other settings .method: {method} -> seva"):
         command("--model", "world", "--data", "world:train", "--out", part)
 
 
