@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -16,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_liger_kernel_available
 
 from aspo.config import AspoConfig
-from aspo.model import base_model
+from aspo.model import base_model, load_model
 
 MERGE = (
     "merge it into its base first: "
@@ -56,6 +58,21 @@ def policy_and_reference(
     if args.freeze_vision and isinstance(vision := vision_tower(model), nn.Module):
         vision.requires_grad_(False)
     return model, ref_model
+
+
+def merge_adapter(base: str, adapter: str | Path, folder: Path, dtype: str | None = "auto") -> Path:
+    """Write a model with an adapter merged into its weights, and its processor, to `folder`: whole or not at all.
+
+    A folder that is there is replaced. The merge is done on the CPU.
+    """
+    loaded: Any
+    loaded, processor = load_model(str(adapter), dtype, base=base, device="cpu")
+    partial = folder.with_name(folder.name + ".part")
+    loaded.merge_and_unload().save_pretrained(partial)
+    processor.save_pretrained(partial)
+    if folder.exists():
+        shutil.rmtree(folder)
+    return partial.rename(folder)
 
 
 def vision_tower(model: Any) -> nn.Module | None:

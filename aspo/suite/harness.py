@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig
 
-from aspo.model import load_model, resolve_model
+from aspo.model import resolve_model
+from aspo.policy import merge_adapter
 from aspo.suite import lmms_eval, vlmevalkit
 from aspo.suite.benchmark import Item
 from aspo.suite.judge import Judge
@@ -126,7 +126,7 @@ def run(
     if suite in EXTERNAL and EXTERNAL[suite].judged and judge is None:
         raise ValueError(f"{EXTERNAL[suite].title} is scored by a judge: --judge URL --judge-model NAME")
     folder.mkdir(parents=True, exist_ok=True)
-    path = resolve_model(model) if adapter is None else str(merged(model, adapter, folder / MERGED, dtype))
+    path = resolve_model(model) if adapter is None else str(merge_adapter(model, adapter, folder / MERGED, dtype))
     kind = AutoConfig.from_pretrained(path).model_type
     command, environment = HARNESSES[name].command(
         path, kind, task, folder, judge=judge, batch_size=batch_size, limit=limit, dtype=dtype
@@ -137,12 +137,3 @@ def run(
         raise ValueError(f"{name} failed with exit status {status}; its command was: {' '.join(command)}")
     summary, items = HARNESSES[name].results(folder, task)
     return Outcome(name, command, summary, items)
-
-
-def merged(model: str, adapter: str, folder: Path, dtype: str | None) -> Path:
-    """A folder with the model, the adapter merged into its weights, and its processor; made anew each time."""
-    loaded: Any
-    loaded, processor = load_model(adapter, dtype, base=model, device="cpu")
-    loaded.merge_and_unload().save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
