@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         others = [s for s in systems if s.name != declared.baseline][: QUICK["systems"] - 1]
         systems = [*(s for s in systems if s.name == declared.baseline), *others]
     if absent := not_given(systems, declared):
-        print(f"declared, but no given recipe has: {', '.join(absent)}")
+        print(f"declared, but no given recipe has: {'; '.join(absent)}")
     args.out.mkdir(parents=True, exist_ok=True)
     with locked(args.out):
         return grid(args, declared, systems) if args.grid else compare(args, declared, systems)

@@ -214,9 +214,9 @@ def _write(
     head = f"# Chosen by `aspo compare --grid` on {where}, by the rule of docs/evidence.md\n"
     lost_form = [name for name, (_, kept) in picks.items() if not kept]
     if lost_form:
-        head += f"# No run kept its form: {', '.join(lost_form)}\n"
+        head += f"# No run kept its form: {'; '.join(lost_form)}\n"
     if edge:
-        head += f"# The chosen learning rate is at the edge of the grid: {', '.join(edge)}\n"
+        head += f"# The chosen learning rate is at the edge of the grid: {'; '.join(edge)}\n"
     chosen = {name: dict(result["settings"]) for name, (result, _) in picks.items()}
     path.write_text(head + yaml.safe_dump(chosen, sort_keys=False), encoding="utf-8")
     return path

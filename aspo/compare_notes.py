@@ -48,7 +48,7 @@ def note_opening(out: Path, declared: Declared, chosen: Path | None, runs: Mappi
     if any(before != now for before in hashes):
         lines.append("**The declared file or the settings changed after the test scenes were opened.**")
     if changed:
-        lines.append(f"**Recipes changed after the test scenes were opened: {', '.join(changed)}.**")
+        lines.append(f"**Recipes changed after the test scenes were opened: {'; '.join(changed)}.**")
     return lines
 
 
@@ -77,7 +77,7 @@ def unlike(runs: Mapping[str, Sequence[Run]], declared: Declared) -> list[str]:
     """A line for each way in which a system's training is not like the baseline's."""
     lines = []
     if own := own_pairs(runs, declared):
-        lines.append(f"On pairs or answers of their own, not on {declared.baseline}'s: {', '.join(own)}.")
+        lines.append(f"On pairs or answers of their own, not on {declared.baseline}'s: {'; '.join(own)}.")
     fewer = []
     for name, of in runs.items():
         if (recipe := of[0].recipe) is None:
@@ -96,7 +96,7 @@ def unlike(runs: Mapping[str, Sequence[Run]], declared: Declared) -> list[str]:
         if own_beta(recipe) is None and len(declared.grid.get("beta_times", [])) > 1:
             fewer.append(name)
     if fewer:
-        lines.append(f"Without a beta, so with fewer settings tried in the grid: {', '.join(fewer)}.")
+        lines.append(f"Without a beta, so with fewer settings tried in the grid: {'; '.join(fewer)}.")
     return lines
 
 

@@ -18,7 +18,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "open_clip_torch", "n
 WORLD_ROWS = 4  # of a split of the world, by which its generator is known
 # Flags and training fields whose values can be places; a value of another one stands for itself, whatever lies there.
 PLACES = ("data", "pool", "calibrate", "train", "image-root", "scorer", "objects", "model", "after", "calibration")
-TRAIN_PLACES = ("eval_data", "reference_cache", "deepspeed")
+TRAIN_PLACES = ("eval_data", "deepspeed")
 
 
 def key_of(*parts: Any) -> str:

@@ -313,7 +313,7 @@ def test_the_grid_writes_what_it_tried_and_chose(tmp_path):
     table = (tmp_path / "grid.md").read_text()
     assert table.count("| DPO |") == 4 and table.count("chosen") == 3 and "0.4800" in table
     assert table.count("chosen, at the edge") == 2  # the matched one's rate is no grid's
-    assert "edge of the grid: DPO, ASPO-S\n" in (tmp_path / "chosen.yaml").read_text()
+    assert "edge of the grid: DPO; ASPO-S\n" in (tmp_path / "chosen.yaml").read_text()
 
 
 # ---- running, stopping, going on ----
@@ -580,7 +580,7 @@ def test_opening_the_test_scenes_is_noted_once_and_a_change_is_told(tmp_path, wo
     assert compare.run(given) == 0
     table = (out / "table.md").read_text()
     assert "The declared file or the settings changed after the test scenes were opened" in table
-    assert "Recipes changed after the test scenes were opened: DPO, ASPO." in table
+    assert "Recipes changed after the test scenes were opened: DPO; ASPO." in table
     assert (
         json.loads(record)["openings"][0]["time"] in table
         and len(json.loads((out / "opened.json").read_text())["openings"]) == 2
@@ -609,7 +609,7 @@ def test_flags_that_would_be_ignored_are_refused(tmp_path, work):
 def test_a_name_that_no_recipe_has_is_told(tmp_path, work, capsys):
     _declared(tmp_path, curves=["DPO", "DPPO"], comparisons=[{"system": "X", "against": "DPO", "direction": "none"}])
     assert compare.run(_arguments(tmp_path, "--dry-run")) == 0
-    assert "no given recipe has: X, DPPO" in capsys.readouterr().out
+    assert "no given recipe has: X; DPPO" in capsys.readouterr().out
 
 
 class Deadly:
@@ -651,11 +651,11 @@ def test_what_is_not_alike_is_told(tmp_path):
     systems = systems_of([ROOT / "world" / f"{name}.yaml" for name in names], declared)
     runs = {s.name: [make_run(s, 0, declared.test, declared, tmp_path)] for s in (System(START, None), *systems)}
     assert compare_notes.unlike(runs, declared) == [
-        "On pairs or answers of their own, not on DPO's: CSR, FiSAO, on-policy.",
+        "On pairs or answers of their own, not on DPO's: CSR; FiSAO, on-policy.",
         "CSR: 3 iterations of 2 steps, each on the same first 11 prompts.",
         "KTO: a step has 16 answers, not 16 pairs.",
         "FiSAO, on-policy: samples its own answers, with a budget of its own (see its recipe).",
-        "Without a beta, so with fewer settings tried in the grid: SFT on the chosen, FiSAO, on-policy.",
+        "Without a beta, so with fewer settings tried in the grid: SFT on the chosen; FiSAO, on-policy.",
     ]
 
 
