@@ -41,6 +41,8 @@ CORE := dpo aspo aspo_s aspo_p sft control_shuffled control_truth control_invers
 
 evidence-grid: $(VENV)/.train  ## each system's learning rate and beta, on validation scenes; its outcome is kept in recipes/chosen
 	$(COMPARE) recipes/world/*.yaml --declared recipes/declared.yaml --grid --out runs/grid
+	mkdir -p recipes/chosen
+	cp runs/grid/chosen.yaml recipes/chosen/declared.yaml
 
 evidence: $(VENV)/.train  ## the systems that are compared by declaration: 8 seeds, 5,000 test scenes (docs/evidence.md)
 	$(COMPARE) $(CORE:%=recipes/world/%.yaml) --declared recipes/declared.yaml --seeds 8 --out runs/evidence
@@ -48,8 +50,10 @@ evidence: $(VENV)/.train  ## the systems that are compared by declaration: 8 see
 evidence-more: $(VENV)/.train  ## every system, the regimes and the ablations: for the night; goes on where it was stopped
 	$(COMPARE) recipes/world/*.yaml --declared recipes/declared.yaml --seeds 8 --out runs/evidence
 	$(BIN)/python -m aspo.world.sighted --out runs/sighted
-	$(COMPARE) recipes/regimes/*.yaml --declared recipes/regimes.yaml --grid --out runs/regimes
-	$(COMPARE) recipes/regimes/*.yaml --declared recipes/regimes.yaml --chosen runs/regimes/chosen.yaml --seeds 8 --out runs/regimes
+	$(COMPARE) recipes/regimes/prior_*.yaml --declared recipes/regimes_prior.yaml --grid --out runs/regimes-prior
+	$(COMPARE) recipes/regimes/prior_*.yaml --declared recipes/regimes_prior.yaml --chosen runs/regimes-prior/chosen.yaml --seeds 8 --out runs/regimes-prior
+	$(COMPARE) recipes/regimes/sight_*.yaml --declared recipes/regimes_sight.yaml --grid --out runs/regimes-sight
+	$(COMPARE) recipes/regimes/sight_*.yaml --declared recipes/regimes_sight.yaml --chosen runs/regimes-sight/chosen.yaml --seeds 8 --out runs/regimes-sight
 	$(COMPARE) recipes/ablations/*.yaml recipes/world/dpo.yaml recipes/world/aspo.yaml --declared recipes/ablations.yaml --seeds 4 --out runs/ablations
 
 clean:

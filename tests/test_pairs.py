@@ -191,7 +191,7 @@ def test_command(answering, prompts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pairs, "load_model", None)  # all is done: the model is not needed
     assert command(*argv) == 0
     assert (tmp_path / "out" / "rows.jsonl").read_bytes() == before
-    with pytest.raises(ValueError, match="was begun with other settings .seed: 0 -> 1.:"):
+    with pytest.raises(ValueError, match=r"was begun with other settings \(seed: 0 -> 1\):"):
         command(*argv, "--seed", 1)
 
 
