@@ -103,7 +103,8 @@ def growth(name: str, device: str, backend: str = "auto", own_reference: bool = 
 
         def step(batch: dict = batch, forward: PairForward = forward) -> None:
             numbers = forward.numbers(batch, objective.needs_reference, objective.reads)
-            x = objective_inputs(batch, numbers, backend if backend != "reference" else "auto", 2.0 * RESPONSE)
+            reductions = "auto" if backend == "reference" else backend
+            x = objective_inputs(batch, numbers, reductions, objective.reads, 2.0 * RESPONSE)
             objective(x).losses.mean().backward()
 
         step()  # loads code, compiles kernels
