@@ -11,11 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from aspo.keys import environment_key, key_of, options_key, source_key
 from aspo.metrics import BY_NAME
-from aspo.recipe import Recipe, changed, check_recipe, command_parser, expand, load_recipe, require_known
+from aspo.recipe import Recipe, changed, check_recipe, command_parser, expand, load_recipe, read_mapping, require_known
 from aspo.recipes import data_plan
 
 DIRECTIONS = ("higher", "lower", "none")
@@ -68,12 +66,7 @@ class Declared:
 def load_declared(path: str | Path) -> Declared:
     """Read the file. Raises ValueError for an unknown key, figure or direction, a missing or impossible value."""
     path = Path(path)
-    try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
-    if not isinstance(read, Mapping):
-        raise ValueError(f"{path} must hold `key: value` lines, not a {type(read).__name__}")
+    read = read_mapping(path)
     fields = {f.name: f for f in dataclasses.fields(Declared) if f.name != "path"}
     for key in read:
         require_known(key, fields, f"{path}: unknown key")

@@ -72,15 +72,21 @@ class Recipe:
         return *self.data, self.final
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read a recipe's form; `check_recipe` checks its flags and fields. Raises ValueError naming what is wrong."""
-    path = Path(path)
+def read_mapping(path: Path) -> Mapping[Any, Any]:
+    """What a YAML file of `key: value` lines holds. Raises ValueError for anything else."""
     try:
         read = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(read, Mapping):
         raise ValueError(f"{path} must hold `key: value` lines, not a {type(read).__name__}")
+    return read
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe's form; `check_recipe` checks its flags and fields. Raises ValueError naming what is wrong."""
+    path = Path(path)
+    read = read_mapping(path)
     for key in read:
         require_known(key, KEYS, f"{path}: unknown key")
     for key in TEXTS:

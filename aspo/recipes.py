@@ -131,18 +131,13 @@ def run_recipe(recipe: Recipe, model: str, data: str, out: Path, cache: Path, se
 
 def merged(base: str, trained: Path) -> Path:
     """A folder with the whole model that `trained` holds: itself, or where it is an adapter, its sum with `base`."""
-    from aspo.model import ADAPTER_CONFIG, load_model
+    from aspo.model import ADAPTER_CONFIG
+    from aspo.policy import merge_adapter
 
     if not (trained / ADAPTER_CONFIG).is_file():
         return trained
     target = trained / "merged"
-    if not (target / "config.json").is_file():
-        model, processor = load_model(str(trained), "auto", base=base)
-        partial = trained / "merged.part"
-        model.merge_and_unload().save_pretrained(partial)  # type: ignore[operator]
-        processor.save_pretrained(partial)
-        partial.rename(target)
-    return target
+    return target if (target / "config.json").is_file() else merge_adapter(base, trained, target)
 
 
 DESCRIPTION = """Run a recipe: its data steps, then its training.

@@ -92,14 +92,7 @@ class AspoTrainer(TokenBatches):
         self.objective: objectives.Objective = args.objective()
         self.objective_options = args.objective_options()
         self._needs_similarity = needs_similarity(self.objective_options)
-        if "desirable" in self.objective.reads:
-            check_unpaired(args, train_dataset, eval_dataset)
-        for dataset in every_dataset(train_dataset, eval_dataset):
-            if hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset):
-                if not len(dataset):
-                    continue
-                self._require_similarity(dataset[0].get("chosen_similarity"))  # a stream's as it comes
-            check_columns(args.loss_type, self.objective_options, dataset)
+        self._check_datasets(args, train_dataset, eval_dataset)
 
         self._starts_at_reference = ref_model is None and not isinstance(model, PeftModel)
         set_seed(args.seed)  # the adapter's random start
@@ -137,6 +130,17 @@ class AspoTrainer(TokenBatches):
         if self._target == "dataset":
             self._pair_tokens = dataset_pair_tokens(self.data_collator, train_dataset)
         self._settle_step(every_dataset(train_dataset, eval_dataset), own_reference=ref_model is not None)
+
+    def _check_datasets(self, args: AspoConfig, train_dataset: Any, eval_dataset: Any) -> None:
+        """ValueError where rows lack what the objective lives on, or would leave KTO alone with one."""
+        if "desirable" in self.objective.reads:
+            check_unpaired(args, train_dataset, eval_dataset)
+        for dataset in every_dataset(train_dataset, eval_dataset):
+            if hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset):
+                if not len(dataset):
+                    continue
+                self._require_similarity(dataset[0].get("chosen_similarity"))  # a stream's as it comes
+            check_columns(args.loss_type, self.objective_options, dataset)
 
     def _settle_step(self, datasets: Sequence[Any], own_reference: bool) -> None:
         """Cache the reference, look once at each image, share and pack: what the options say and the model takes."""
