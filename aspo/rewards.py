@@ -27,9 +27,9 @@ from aspo.calibrate import (
     write_calibration,
 )
 from aspo.changes import score_changes
-from aspo.evidence import run_analysis
 from aspo.folder import read_lines
 from aspo.model import load_model
+from aspo.score_analysis import run_analysis
 from aspo.scores import progress_bar
 from aspo.tldr import run_tldr
 from aspo.token_scores import COLUMNS, Spans, begin, check_apart, load_preferences, scored_summary, write_scored
