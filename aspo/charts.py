@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from aspo.statistics import Estimate
+from aspo.evaluation.statistics import Estimate
 
 WIDTH, HEIGHT = 360, 230  # viewBox units, about CSS pixels in the page's grid, so that 11-unit text stays legible
 LEFT, RIGHT, TOP, BOTTOM = 50, 12, 12, 34

@@ -12,21 +12,27 @@ from typing import NoReturn
 
 # Command -> (module with add_arguments(parser) and run(args) -> exit status, one line on what it does)
 COMMANDS = {
-    "pairs": ("aspo.pairs", "make preference pairs: SeVa's, POVID's, CSR's, SENTINEL's, with negative images"),
+    "pairs": ("aspo.pairs.command", "make preference pairs: SeVa's, POVID's, CSR's, SENTINEL's, with negative images"),
     "score": ("aspo.scores", "score each sentence's similarity to the image with CLIP"),
     "negatives": (
-        "aspo.negatives",
+        "aspo.negatives.command",
         "add negative images: chosen by MISP's autoencoder, nearest, random, cropped, noised",
     ),
-    "controls": ("aspo.controls", "change world rows on purpose: weights from the truth or shuffled, other boundaries"),
-    "rewards": ("aspo.rewards", "score tokens: FiSAO's verifier of object words, TLDR's reward head, changed segments"),
-    "reference": ("aspo.reference", "compute the reference's log-probabilities ahead, for training"),
+    "controls": (
+        "aspo.world.controls",
+        "change world rows on purpose: weights from the truth or shuffled, other boundaries",
+    ),
+    "rewards": (
+        "aspo.rewards.command",
+        "score tokens: FiSAO's verifier of object words, TLDR's reward head, changed segments",
+    ),
+    "reference": ("aspo.reference.command", "compute the reference's log-probabilities ahead, for training"),
     "plan": ("aspo.plan", "predict a training step's memory, and what fits, without loading weights"),
     "train": ("aspo.train", "train a model on preference pairs with ASPO, DPO and others"),
-    "online": ("aspo.online", "train on token rewards of the model's own answers (FiSAO's on-policy loop)"),
+    "online": ("aspo.online.command", "train on token rewards of the model's own answers (FiSAO's on-policy loop)"),
     "eval": ("aspo.evaluate", "measure hallucination on images whose truth is known, or by the field's benchmarks"),
-    "run": ("aspo.recipes", "run a recipe: the commands that make its data, and its training"),
-    "compare": ("aspo.compare", "train recipes from one start on the same pairs, over seeds, and compare them"),
+    "run": ("aspo.recipes.command", "run a recipe: the commands that make its data, and its training"),
+    "compare": ("aspo.compare.command", "train recipes from one start on the same pairs, over seeds, and compare them"),
     "report": ("aspo.report", "write one HTML page about runs: curves, tables, weighted sentences"),
     "demo": ("aspo.demo", "all of the above on the embedded world, in minutes on a CPU"),
 }

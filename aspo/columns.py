@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aspo.folder import row_name
-from aspo.grid import NOT_COUNTED, Response
+from aspo.shared_prefix.grid import NOT_COUNTED, Response
 
 PAIRED, KL_COLUMN = ("chosen", "rejected"), "kl_completion"
 UNPAIRED = ("completion", KL_COLUMN)  # the responses of unpaired rows: the row's own, and another row's

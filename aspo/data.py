@@ -1,6 +1,7 @@
 """From rows to batches: prompts as text, responses as token ids, and the grid of tokens with its SentenceLayout.
 
-Rows, their files and their checks are in `aspo.rows` (re-exported here); how tokens lie in a batch is `aspo.grid`.
+Rows, their files and their checks are in `aspo.rows` (re-exported here); how tokens lie in a batch is
+`aspo.shared_prefix.grid`.
 Axes: B rows, R and T rows and columns of the grid, N counted tokens, S sentences.
 """
 
@@ -12,9 +13,7 @@ from torch import Tensor
 
 from aspo.columns import KL_COLUMN, PAIRED, columns_of, with_others_responses
 from aspo.folder import append_row, load_images, row_name, write_rows
-from aspo.grid import Grid, GridItem, Response, grid_inputs, in_layout_order, in_parts, place, tree_layout
 from aspo.lengths import Length, consecutive_parts, reading_widths
-from aspo.logp_cache import logp_columns
 from aspo.prompts import (
     Prompt,
     encode_prompt,
@@ -25,8 +24,10 @@ from aspo.prompts import (
     tokenizer_of,
 )
 from aspo.readings import Reader, Reading, Row
+from aspo.reference.logp_cache import logp_columns
 from aspo.rows import load_rows
 from aspo.sentences import Splitter, split_sentences
+from aspo.shared_prefix.grid import Grid, GridItem, Response, grid_inputs, in_layout_order, in_parts, place, tree_layout
 from aspo.validate import response_text, validate_rows
 
 # token_type_ids of a response's tokens, where they are not 0 (text). PaliGemma lets the tokens of type 0 see each other
@@ -35,7 +36,7 @@ RESPONSE_TYPES = {"PaliGemmaProcessor": 1}
 
 
 class ReferenceLogps(Protocol):
-    """Where a collator finds cached log-probabilities (`aspo.logp_cache`)."""
+    """Where a collator finds cached log-probabilities (`aspo.reference.logp_cache`)."""
 
     def get(self, row: Row) -> Sequence[Tensor]:
         """One (tokens,) fp32 tensor for each response of the row."""
@@ -50,12 +51,13 @@ class Collator(Reader):
             with it), the prompt and its image tokens never are. None = no limit.
         splitter: cuts responses that come without sentence spans.
         responses: the columns that make the batch's responses, in order; the first one is role 0 (chosen).
-        shared_prefix: responses that are read behind the same prompt and images share one copy of them (`aspo.tree`).
+        shared_prefix: responses that are read behind the same prompt and images share one copy of them
+            (`aspo.shared_prefix.tree`).
         min_saving: a batch that would have less than this many times the tokens without sharing is left plain: a short
             prompt before long responses saves little, and costs what sharing costs.
         padding_free: everything in one row, without padding.
         forward_tokens: at most so many tokens (padding counted) in one grid: a batch of more becomes several, which
-            `aspo.forward` runs one after the other and again in the backward, holding the activations of one.
+            `PairForward` runs one after the other and again in the backward, holding the activations of one.
         reference: cached log-probabilities of the reference; else the columns ref_chosen_logps, ref_rejected_logps.
 
     A row's `rejected_images` are what its rejected response is read with, instead of its images. Each of its
@@ -64,7 +66,7 @@ class Collator(Reader):
     Returns (from a call on a list of rows) a dict:
         model_inputs: dict of tensors: input_ids and attention_mask (R, T), 1 = token, and everything else the
             processor made: tensors with one entry a token (R, T), those of images in the order of the grid's items.
-        parts, part_order: only of a batch in several grids (`aspo.grid.in_parts`), whose first one has the other names.
+        parts, part_order: only of a batch in several grids (`grid.in_parts`), whose first one has the other names.
         tree: TokenTree, what lies where. Plain (neither shared nor padding-free): chosen rows, then rejected rows.
         layout: SentenceLayout on the CPU, responses by role and then by row; its hidden_index points into the grid.
         distinct: Distinct, or None where no two counted tokens are the same prediction.

@@ -24,10 +24,10 @@ import torch
 import transformers
 
 from aspo import cli
-from aspo.metrics import BY_NAME, HEADLINE, Figure
+from aspo.evaluation.metrics import BY_NAME, HEADLINE, Figure
+from aspo.evaluation.statistics import Comparison, Estimate, compare, markdown
 from aspo.page import fairness, judge_difference
 from aspo.report import differences, read_evaluation
-from aspo.statistics import Comparison, Estimate, compare, markdown
 from aspo.world.gates import NOISE_STEP, TEMPERATURE
 
 SYSTEMS = ("base", "DPO", "ASPO")

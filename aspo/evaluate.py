@@ -19,12 +19,12 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from aspo.evaluation.judges import JUDGES, Item, Options, Row, image_hash
+from aspo.evaluation.metrics import ObjectVocabulary
+from aspo.evaluation.statistics import compare, markdown
 from aspo.folder import append_line, read_lines
-from aspo.judges import JUDGES, Item, Options, Row, image_hash
-from aspo.metrics import ObjectVocabulary
 from aspo.model import load_model
 from aspo.rows import load_rows, validate_rows
-from aspo.statistics import compare, markdown
 from aspo.suite import command as suite
 
 

@@ -16,8 +16,8 @@ from string import Template
 from PIL import Image
 
 from aspo.charts import Styles, interval_chart, legend, line_chart
-from aspo.metrics import BY_NAME, GROUPS, HEADLINE, Figure
-from aspo.statistics import Comparison, Estimate
+from aspo.evaluation.metrics import BY_NAME, GROUPS, HEADLINE, Figure
+from aspo.evaluation.statistics import Comparison, Estimate
 
 CURVES = {  # key of the training log -> what the chart is called
     "loss": "loss",

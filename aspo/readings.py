@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from aspo.folder import load_images, row_name
-from aspo.grid import NOT_COUNTED, GridItem, Response
 from aspo.illustrated import illustrated_tokens, split_images, with_image_marks
 from aspo.lengths import Length, PromptLength, image_sizes
 from aspo.prompts import Prompt, encode_prompt, encode_response, end_of_turn, named, run_processor, tokenizer_of
 from aspo.sentences import Splitter, check_spans, sentences_without_tokens, token_sentences
+from aspo.shared_prefix.grid import NOT_COUNTED, GridItem, Response
 from aspo.validate import response_text
 
 logger = logging.getLogger(__name__)

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
+from aspo.evaluation.statistics import compare
 from aspo.folder import load_images
 from aspo.model import load_model, response_logps
 from aspo.page import Item, Sentence, curves_section, figures_section, headline_section, items_section, render
 from aspo.rows import load_rows, response_text, validate_rows
 from aspo.sentences import check_spans, split_sentences
-from aspo.statistics import compare
 from aspo.world.language import judge
 from aspo.world.scenes import Scene
 from aspo_kernels import objectives

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from aspo.attention import with_route
 from aspo.columns import PAIRED, UNPAIRED
 from aspo.config import AspoConfig
 from aspo.data import Collator
-from aspo.exact import check_tree, settle_sharing
 from aspo.folder import image_entries
 from aspo.policy import MERGE
 from aspo.readings import Row
+from aspo.shared_prefix.attention import with_route
+from aspo.shared_prefix.exact import check_tree, settle_sharing
 from aspo_kernels import SentenceLayout, objectives
 
 ROWS_TO_CHECK, ROWS_TO_LOOK_AT = 2, 64  # on which sharing is tried: one with an image, if there is one among the first

@@ -23,11 +23,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
-from aspo.attention import routes_to_try, tree_attention_inputs, with_route
 from aspo.config import AspoConfig
 from aspo.model import auto_class, base_model, output_head, parse_dtype, resolve_model
 from aspo.policy import add_lora, disable_dropout, vision_tower
-from aspo.tree import TokenTree
+from aspo.shared_prefix.attention import routes_to_try, tree_attention_inputs, with_route
+from aspo.shared_prefix.tree import TokenTree
 from aspo_kernels.tiles import tile_size
 
 

@@ -19,13 +19,13 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from aspo.config import AspoConfig
 from aspo.data import Collator
-from aspo.forward import PairForward, mean_pair_tokens, objective_inputs, parts_of, tree_inputs
 from aspo.meters import Meters, record
 from aspo.model import base_model, check_head, inference, load_model, output_head
 from aspo.packing import TokenBatches
 from aspo.policy import MERGE, check_attention, check_liger, disable_dropout, load_weights, policy_and_reference
-from aspo.reference_fill import cached_reference
+from aspo.reference.fill import cached_reference
 from aspo.resume import SaveHistory, last_checkpoint
+from aspo.shared_prefix.forward import PairForward, mean_pair_tokens, objective_inputs, parts_of, tree_inputs
 from aspo.start import (
     autocast_dtype,
     check_columns,
@@ -39,7 +39,7 @@ from aspo.start import (
     response_columns,
     settle_batches,
 )
-from aspo.vision import VisionFeatures
+from aspo.vision.tower import VisionFeatures
 from aspo_kernels import objectives
 
 FALLING_WINDOWS = 3  # logging windows in a row with both rewards negative and falling before the warning

@@ -8,7 +8,7 @@ import sys
 from aspo.config import AspoConfig
 from aspo.generation import generate
 from aspo.model import load_model
-from aspo.pairs import MADE, answer_pairs, judge
+from aspo.pairs.command import MADE, answer_pairs, judge
 from aspo.scorers import load_scorer
 from aspo.scores import score_rows
 from aspo.trainer import AspoTrainer

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from aspo.generation import generate
 from aspo.integrations.trl import AspoDPOConfig, AspoDPOTrainer
 from aspo.model import load_model
-from aspo.pairs import MADE, answer_pairs, judge
+from aspo.pairs.command import MADE, answer_pairs, judge
 from aspo.policy import lora_targets
 from aspo.scorers import load_scorer
 from aspo.scores import score_rows

@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 
-from aspo.compare_statistics import Table, interval, resampled, seed_interval
-from aspo.figures import ratio
+from aspo.compare.statistics import Table, interval, resampled, seed_interval
+from aspo.evaluation.figures import ratio
 
 ACCURACY = ratio("accuracy", "accuracy", "right", "asked")
 WORLDS = (  # seeds, scenes, sd of seed, of system x scene, of noise

@@ -7,9 +7,9 @@ sentences state the usual colour. docs/evidence.md has the figures, and the comm
 
 import sys
 
-from aspo.controls import sentence_truth, similarity_auc
 from aspo.rows import load_rows
 from aspo.sentences import split_sentences
+from aspo.world.controls import sentence_truth, similarity_auc
 from aspo.world.language import judge
 from aspo.world.scenes import Scene
 

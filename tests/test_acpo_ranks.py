@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from ranks import Ranks
 
-from aspo.forward import mean_pair_tokens
+from aspo.shared_prefix.forward import mean_pair_tokens
 from aspo_kernels import SentenceLayout, objectives
 
 LENGTHS = ((3, 5), (9, 2), (4, 4), (12, 7), (1, 6))  # tokens of chosen and rejected, pair by pair

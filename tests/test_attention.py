@@ -38,10 +38,10 @@ from transformers import (
 )
 from transformers.masking_utils import blockwise_overlay, create_causal_mask, sliding_window_overlay
 
-from aspo.attention import routes_to_try, tree_attention_inputs, tree_block_mask, tree_mask, with_route
-from aspo.segments import KEYWORD, NAME, SdpaSegments, tree_attention
-from aspo.tree import Item, TokenTree
-from aspo.varlen import VarlenSegments
+from aspo.shared_prefix.attention import routes_to_try, tree_attention_inputs, tree_block_mask, tree_mask, with_route
+from aspo.shared_prefix.segments import KEYWORD, NAME, SdpaSegments, tree_attention
+from aspo.shared_prefix.tree import Item, TokenTree
+from aspo.shared_prefix.varlen import VarlenSegments
 
 VOCABULARY = 61
 SMALL: dict[str, Any] = {

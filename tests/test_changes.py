@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aspo.changes import changed_spans, score_changes
+from aspo.rewards.changes import changed_spans, score_changes
 
 WORDS = st.lists(st.sampled_from(["a", "red", "cube", "is", "small", "."]), max_size=12).map(" ".join)
 

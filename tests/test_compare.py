@@ -18,22 +18,26 @@ from safetensors.numpy import save_file
 from tiny import tiny_llava, tiny_rows
 
 import aspo
-from aspo import cli, compare, compare_grid, compare_notes, compare_work
-from aspo.compare_grid import candidates, choose, keeps_form, match_kl, next_rate
-from aspo.compare_plan import START, Scenes, System, budgeted, load_declared, make_run, systems_of
-from aspo.compare_statistics import Table, holm, interval, resampled, t_cdf, t_interval, t_quantile
-from aspo.compare_table import analyse, judge, markdown, write_all
-from aspo.compare_work import answer_kl, is_done, read_counts
+from aspo import cli
+from aspo.compare import command as compare
+from aspo.compare import grid as compare_grid
+from aspo.compare import notes as compare_notes
+from aspo.compare import work as compare_work
+from aspo.compare.grid import candidates, choose, keeps_form, match_kl, next_rate
+from aspo.compare.plan import START, Scenes, System, budgeted, load_declared, make_run, systems_of
+from aspo.compare.statistics import Table, holm, interval, resampled, t_cdf, t_interval, t_quantile
+from aspo.compare.table import analyse, judge, markdown, write_all
+from aspo.compare.work import answer_kl, is_done, read_counts
 from aspo.generation import Answer
 from aspo.model import load_model
-from aspo.recipe import load_recipe
+from aspo.recipes.recipe import load_recipe
 
 ROOT = Path(aspo.__file__).parent.parent / "recipes"
 
 
 @pytest.fixture(autouse=True)
 def commands(monkeypatch):
-    monkeypatch.setitem(cli.COMMANDS, "controls", ("aspo.controls", ""))
+    monkeypatch.setitem(cli.COMMANDS, "controls", ("aspo.world.controls", ""))
 
 
 # ---- statistics ----
@@ -579,14 +583,17 @@ def test_opening_the_test_scenes_is_noted_once_and_a_change_is_told(tmp_path, wo
     (tmp_path / "chosen" / "declared.yaml").write_text("DPO: {train.learning_rate: 3.0}\nASPO: {}\n")
     assert compare.run(given) == 0
     table = (out / "table.md").read_text()
-    assert "The declared file or the settings changed after the test scenes were opened" in table
-    assert "Recipes changed after the test scenes were opened: DPO; ASPO." in table
+    assert "The declared file changed" not in table
+    assert "Recipes or their settings changed after the test scenes were opened: DPO; ASPO." in table
     assert (
         json.loads(record)["openings"][0]["time"] in table
         and len(json.loads((out / "opened.json").read_text())["openings"]) == 2
     )
     assert compare.run(_arguments(tmp_path, "--seeds", 2)) == 0  # the first settings again do not undo it
     assert "settings changed after" in (out / "table.md").read_text()
+    (tmp_path / "declared.yaml").write_text((tmp_path / "declared.yaml").read_text() + "# another word\n")
+    assert compare.run(_arguments(tmp_path, "--seeds", 2)) == 0
+    assert "The declared file changed after the test scenes were opened" in (out / "table.md").read_text()
     (out / "opened.json").write_text("{")
     with pytest.raises(ValueError, match=r"opened\.json cannot be read"):
         compare.run(_arguments(tmp_path, "--seeds", 2))

@@ -7,11 +7,18 @@ import random
 import pytest
 import torch
 
-from aspo import controls
-from aspo.controls import control_weights, corrupt_boundaries, minmax, noised_image, sentence_truth, similarity_auc
 from aspo.data import load_rows
 from aspo.folder import write_rows
 from aspo.sentences import split_sentences
+from aspo.world import controls
+from aspo.world.controls import (
+    control_weights,
+    corrupt_boundaries,
+    minmax,
+    noised_image,
+    sentence_truth,
+    similarity_auc,
+)
 from aspo.world.data import rows as world_rows
 from aspo.world.language import describe
 from aspo.world.scenes import USUAL, Scene, render

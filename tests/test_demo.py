@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from aspo import cli, demo
-from aspo.metrics import JudgedClaim, answer_counts, claim_counts
+from aspo.evaluation.metrics import JudgedClaim, answer_counts, claim_counts
 from aspo.world import assets_dir
 
 
@@ -38,7 +38,10 @@ def test_every_command_takes_its_arguments():
 def test_dpo_and_aspo_differ_in_the_objective_alone():
     commands = demo.commands(Path("out"), demo.FULL, 7)
     dpo, aspo = (_flags(commands[f"train {name}"]) for name in ("DPO", "ASPO"))
-    assert {key for key in dpo.keys() | aspo.keys() if dpo.get(key) != aspo.get(key)} == {"--loss_type", "--output_dir"}
+    assert {key for key in dpo.keys() | aspo.keys() if dpo.get(key) != aspo.get(key)} == {
+        "--loss_type",
+        "--output_dir",
+    }
     assert (dpo["--loss_type"], aspo["--loss_type"]) == (["dpo"], ["aspo"])
     evals = [_flags(commands[f"eval {name}"]) for name in demo.SYSTEMS]
     for flags in evals[1:]:

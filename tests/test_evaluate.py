@@ -10,14 +10,14 @@ from PIL import Image
 from tiny import tiny_llava
 
 from aspo import evaluate as command
-from aspo import judges
-from aspo import minimal_pairs as module
 from aspo.evaluate import evaluate, fingerprint
+from aspo.evaluation import judges
+from aspo.evaluation import minimal_pairs as module
+from aspo.evaluation.judges import Options, scene_counts
+from aspo.evaluation.metrics import ObjectVocabulary, summarise
+from aspo.evaluation.minimal_pairs import margins
 from aspo.folder import load_images, write_rows
 from aspo.generation import Answer
-from aspo.judges import Options, scene_counts
-from aspo.metrics import ObjectVocabulary, summarise
-from aspo.minimal_pairs import margins
 from aspo.model import load_model
 from aspo.rows import load_rows
 from aspo.world.language import judge, minimal_pairs, questions

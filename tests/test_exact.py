@@ -13,13 +13,13 @@ import torch
 from tiny import tiny_image, tiny_llava, tiny_rows, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
-from aspo.attention import routes_to_try, with_route
 from aspo.config import AspoConfig
 from aspo.data import Collator
-from aspo.exact import check_tree, settle_sharing
-from aspo.forward import PairForward, batch_to, counted_logps, counted_rows, tree_inputs
 from aspo.model import load_model, output_head, trunk_hidden
 from aspo.policy import add_lora
+from aspo.shared_prefix.attention import routes_to_try, with_route
+from aspo.shared_prefix.exact import check_tree, settle_sharing
+from aspo.shared_prefix.forward import PairForward, batch_to, counted_logps, counted_rows, tree_inputs
 from aspo.start import first_rows
 from aspo.trainer import AspoTrainer
 
@@ -104,7 +104,7 @@ def test_attention_without_its_mask_is_noticed(loaded, monkeypatch):
             "attention_mask": torch.ones(tree.shape[1], tree.shape[1], dtype=torch.bool).tril().expand(2, 1, -1, -1)
         }
 
-    monkeypatch.setattr("aspo.forward.tree_attention_inputs", causal)
+    monkeypatch.setattr("aspo.shared_prefix.forward.tree_attention_inputs", causal)
     collator = Collator(processor, shared_prefix=True)
     reason = check_tree(model, collator, tiny_rows(2), "mask")
     assert "log-probabilities differ" in reason and "other chosen tokens move" in reason
@@ -113,7 +113,7 @@ def test_attention_without_its_mask_is_noticed(loaded, monkeypatch):
 def test_shifted_positions_are_noticed(loaded, monkeypatch):
     model, processor = loaded
     monkeypatch.setattr(
-        "aspo.forward.tree_positions",
+        "aspo.shared_prefix.forward.tree_positions",
         lambda model, inputs, tree: torch.arange(tree.shape[1]).expand(tree.shape),
     )
     collator = Collator(processor, shared_prefix=True)
@@ -123,7 +123,7 @@ def test_shifted_positions_are_noticed(loaded, monkeypatch):
 def test_rows_that_share_nothing_hide_no_leak(loaded, monkeypatch):
     """Rows with images of the rejected response's own share no prefix; later rows may: they are tried without."""
     model, processor = loaded
-    monkeypatch.setattr("aspo.forward.tree_positions", lambda model, inputs, tree: tree.positions * 2)
+    monkeypatch.setattr("aspo.shared_prefix.forward.tree_positions", lambda model, inputs, tree: tree.positions * 2)
     rows = [{**row, "rejected_images": row["images"], "ref_chosen_logps": [-1.0]} for row in tiny_rows(2)]
     assert "log-probabilities differ" in check_tree(model, Collator(processor, shared_prefix=True), rows, "mask")
 
@@ -297,6 +297,6 @@ def test_a_trained_models_noise_passes_and_its_leak_does_not(monkeypatch, dtype)
     def causal(model, tree, *_):
         return {"attention_mask": torch.ones(tree.shape[1], tree.shape[1]).tril().bool().expand(2, 1, -1, -1)}
 
-    monkeypatch.setattr("aspo.forward.tree_attention_inputs", causal)
+    monkeypatch.setattr("aspo.shared_prefix.forward.tree_attention_inputs", causal)
     reason = check_tree(model, Collator(tokenizer, shared_prefix=True), rows, "mask")
     assert reason is not None and "log-probabilities differ" in reason

@@ -11,12 +11,12 @@ from families import FAMILIES, family, rows_of, unequal_rows
 from families_table import COLUMNS, written
 from tiny import tiny_image
 
-from aspo.attention import routes_to_try, with_route
 from aspo.data import Collator, encode_prompt, encode_response
-from aspo.exact import check_tree
-from aspo.forward import tree_inputs
 from aspo.generation import generate
 from aspo.model import check_head, load_model, output_head, response_logps, trunk_hidden
+from aspo.shared_prefix.attention import routes_to_try, with_route
+from aspo.shared_prefix.exact import check_tree
+from aspo.shared_prefix.forward import tree_inputs
 from aspo_kernels import gather_hidden
 
 EXACT = {"rtol": 1e-5, "atol": 2e-5}  # fp32; log-probabilities are about -6, and reach -10

@@ -10,7 +10,7 @@ import torch
 from tiny import IMAGE_TOKENS, tiny_image, tiny_processor, tiny_rows, tiny_tokenizer
 
 from aspo.data import Collator, load_rows, validate_rows, write_rows
-from aspo.tree import Item, TokenTree
+from aspo.shared_prefix.tree import Item, TokenTree
 
 PROCESSOR = tiny_processor()
 MODES = list(itertools.product((False, True), repeat=2))

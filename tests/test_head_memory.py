@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from aspo.forward import PairForward, batch_to, objective_inputs
+from aspo.shared_prefix.forward import PairForward, batch_to, objective_inputs
 from aspo_kernels import SentenceLayout, objectives, tiles
 
 ITEMS, ROLES, PROMPT, RESPONSE, HIDDEN = 2, 4, 3, 64, 32

@@ -11,22 +11,24 @@ import torch
 from PIL import Image
 from tiny import tiny_image, tiny_rows
 
-from aspo import cli, negative_report, negatives
+from aspo import cli
 from aspo.data import load_rows, validate_rows, write_rows
-from aspo.embeddings import Embeddings, image_key
 from aspo.folder import append_row, load_images, read_lines
-from aspo.negative_figures import (
+from aspo.negatives import command as negatives
+from aspo.negatives import report as negative_report
+from aspo.negatives.command import prompt_text
+from aspo.negatives.embeddings import Embeddings, image_key
+from aspo.negatives.figures import (
     judged,
     reuse_figures,
     scene_in_box,
     similarity_figures,
     truth_figures,
 )
-from aspo.negative_pictures import plot_grid, tsne
-from aspo.negative_sources import Options, crop_box, crops, noised, pick_from_pool, read_pool
-from aspo.negatives import prompt_text
-from aspo.sae import BilinearSae, SaeConfig
-from aspo.selection import greedy_diverse, log_density, scores, select
+from aspo.negatives.pictures import plot_grid, tsne
+from aspo.negatives.sae import BilinearSae, SaeConfig
+from aspo.negatives.selection import greedy_diverse, log_density, scores, select
+from aspo.negatives.sources import Options, crop_box, crops, noised, pick_from_pool, read_pool
 
 DIM = 12
 
@@ -245,7 +247,7 @@ def test_crops_are_parts_of_the_image_scaled_to_its_size():
 
 
 def crop_boxes_of(row, image, count):
-    from aspo.negative_sources import generator_of
+    from aspo.negatives.sources import generator_of
 
     g = generator_of(row, 0, "crop")
     return [crop_box(image.size, (0.01, 0.2), g) for _ in range(count)]

@@ -11,9 +11,9 @@ from torch import Tensor
 from aspo.columns import KL_COLUMN, with_others_responses
 from aspo.config import AspoConfig
 from aspo.data import Collator
-from aspo.logp_cache import ReferenceCache
 from aspo.model import load_model
 from aspo.prompts import encode_prompt, encode_response
+from aspo.reference.logp_cache import ReferenceCache
 from aspo.trainer import AspoTrainer
 from aspo_kernels import objectives
 

@@ -15,12 +15,12 @@ from aspo.cli import Parser
 from aspo.data import load_rows
 from aspo.generation import Answer
 from aspo.model import load_model, response_logps
-from aspo.object_words import ObjectVocabulary
-from aspo.online import add_arguments, run
-from aspo.online_trainer import OnlineOptions, OnlineTrainer, round_prompts, round_seed, token_losses
+from aspo.online.command import add_arguments, run
+from aspo.online.trainer import OnlineOptions, OnlineTrainer, round_prompts, round_seed, token_losses
+from aspo.rewards.object_words import ObjectVocabulary
+from aspo.rewards.verifier import Calibration, Verifier
 from aspo.scorers import load_scorer
 from aspo.training_state import checkpoints
-from aspo.verifier import Calibration, Verifier
 from aspo_kernels import linear_token_kl
 from aspo_kernels.family.policy_gradient import clipped_policy_gradient, sampled_kl
 

@@ -14,14 +14,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aspo import pairs, world
+from aspo import world
 from aspo.data import Collator, encode_prompt, encode_response, load_images, load_rows, validate_rows, write_rows
 from aspo.generation import SentenceEnd, cut_sentence, decode_behind, generate_answers, generate_sentences
 from aspo.model import HeadParams
-from aspo.pair_makers import csr, povid, sentinel
-from aspo.pair_makers import next_sentences as steps
-from aspo.pair_makers.next_sentences import Candidate, last_sentence_logps
-from aspo.pair_makers.noise import add_noise, image_seeds
+from aspo.pairs import command as pairs
+from aspo.pairs import csr, povid, sentinel
+from aspo.pairs import next_sentences as steps
+from aspo.pairs.next_sentences import Candidate, last_sentence_logps
+from aspo.pairs.noise import add_noise, image_seeds
 from aspo.sentences import split_sentences
 from aspo.world.data import rows as world_rows
 from aspo.world.language import DESCRIBE
@@ -573,7 +574,7 @@ def test_vllm_by_its_call_signatures(vlm, tmp_path, monkeypatch):
     rows = load_rows(tmp_path / "out")
     validate_rows(rows)
     options = {**csr.OPTIONS, "model": "world", "max_new_tokens": 14}
-    from aspo.pair_makers.vllm_sampler import VllmSampler
+    from aspo.pairs.vllm_sampler import VllmSampler
 
     row, beginning = rows[0], "The ring is blue."
     for begun in ("", beginning):

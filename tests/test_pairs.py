@@ -9,10 +9,10 @@ from PIL import Image
 from tiny import COLOURS, PROMPT, tiny_image, tiny_llava
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from aspo import pairs
 from aspo.data import Collator, load_rows, validate_rows
 from aspo.generation import Answer, generate
-from aspo.pairs import add_noise, image_seeds, judge, make_pairs, noise_schedule, recorded
+from aspo.pairs import command as pairs
+from aspo.pairs.command import add_noise, image_seeds, judge, make_pairs, noise_schedule, recorded
 
 
 def test_schedule_has_the_papers_values():

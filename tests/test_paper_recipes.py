@@ -13,7 +13,7 @@ from tiny import tiny_clip, tiny_image
 from aspo import cli
 from aspo.folder import write_rows
 from aspo.generation import Answer, generate_answers
-from aspo.recipe import check_recipe, load_recipe
+from aspo.recipes.recipe import check_recipe, load_recipe
 
 PAPERS = sorted((Path(__file__).parent.parent / "recipes" / "papers").glob("*.yaml"))
 FAMILIES = {  # what a hub name holds -> the small model of the same classes
@@ -135,7 +135,7 @@ def finished_answers(monkeypatch):
         texts = [f"{start}. The background is black. It is number {k}." for k in range(len(rows))]
         return [Answer(text, answer.num_tokens, True) for text, answer in zip(texts, made, strict=True)]
 
-    monkeypatch.setattr("aspo.pair_makers.seva.generate_answers", generate)
+    monkeypatch.setattr("aspo.pairs.seva.generate_answers", generate)
 
 
 TWICE = (

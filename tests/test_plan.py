@@ -10,8 +10,8 @@ from transformers import AutoConfig
 
 from aspo import cli, step_memory
 from aspo.config import AspoConfig
-from aspo.exact import _one_more_pad
 from aspo.model import base_model, load_model
+from aspo.shared_prefix.exact import _one_more_pad
 from aspo.step_memory import Allocations, Step, meta_model, predict
 from aspo.trainer import AspoTrainer
 

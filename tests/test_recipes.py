@@ -8,11 +8,12 @@ import pytest
 import yaml
 
 import aspo
-from aspo import cli, recipes
-from aspo import keys as keys_module
-from aspo.keys import environment_key, options_key, source_key
-from aspo.recipe import arguments, changed, check_recipe, expand, load_recipe, parse_settings
-from aspo.recipes import data_plan, run_recipe
+from aspo import cli
+from aspo.recipes import command as recipes
+from aspo.recipes import keys as keys_module
+from aspo.recipes.command import data_plan, run_recipe
+from aspo.recipes.keys import environment_key, options_key, source_key
+from aspo.recipes.recipe import arguments, changed, check_recipe, expand, load_recipe, parse_settings
 
 ROOT = Path(aspo.__file__).parent.parent / "recipes"
 OURS = sorted([*ROOT.glob("world/*.yaml"), *ROOT.glob("ablations/*.yaml"), *ROOT.glob("regimes/*.yaml")])
@@ -27,7 +28,7 @@ RECIPE = {
 @pytest.fixture(autouse=True)
 def commands(monkeypatch):
     """All commands are there, whether or not the command line lists them."""
-    monkeypatch.setitem(cli.COMMANDS, "controls", ("aspo.controls", ""))
+    monkeypatch.setitem(cli.COMMANDS, "controls", ("aspo.world.controls", ""))
 
 
 def _write(tmp_path, **changes):

@@ -18,10 +18,10 @@ from tiny import CHAT_TEMPLATE, tiny_image, tiny_llava, tiny_processor, tiny_row
 
 from aspo import cli
 from aspo.data import Collator, load_rows, write_rows
-from aspo.logp_cache import ReferenceCache, check_logps, logp_columns, split_by_row
 from aspo.model import load_model, response_logps
-from aspo.reference_fill import check, fill, model_logps, tolerance
-from aspo.reference_settings import reference_settings, weights_hash
+from aspo.reference.fill import check, fill, model_logps, tolerance
+from aspo.reference.logp_cache import ReferenceCache, check_logps, logp_columns, split_by_row
+from aspo.reference.settings import reference_settings, weights_hash
 
 MAX_LENGTH = 256
 
@@ -293,7 +293,7 @@ def test_a_shard_appears_whole(settings, tmp_path, monkeypatch):
         assert source.stat().st_size > 0
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("aspo.logp_cache.os.replace", stopped)
+    monkeypatch.setattr("aspo.reference.logp_cache.os.replace", stopped)
     with pytest.raises(KeyboardInterrupt):
         cache.add({b"k" * 32: [torch.tensor([-1.0])]})
     assert [path.name for path in tmp_path.iterdir()] == ["meta.json"]

@@ -16,10 +16,10 @@ from tiny import tiny_llava, tiny_rows
 
 from aspo import page, report
 from aspo.charts import MAX_POINTS, interval_chart, line_chart
+from aspo.evaluation.metrics import BY_NAME, JudgedClaim, answer_counts, claim_counts
+from aspo.evaluation.statistics import Estimate, compare
 from aspo.folder import write_rows
-from aspo.metrics import BY_NAME, JudgedClaim, answer_counts, claim_counts
 from aspo.model import load_model, response_logps
-from aspo.statistics import Estimate, compare
 from aspo.world.data import rows as world_rows
 from aspo.world.scenes import COLOURS
 

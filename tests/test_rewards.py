@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 from tiny import tiny_clip, tiny_image
 
-from aspo.calibrate import answer_rows, calibration_of, judged_scores, summary
 from aspo.cli import Parser
 from aspo.data import Collator, load_rows, validate_rows
 from aspo.folder import write_rows
 from aspo.model import load_model
-from aspo.object_words import ObjectVocabulary, judge_words, load_vocabulary
-from aspo.rewards import add_arguments, run
-from aspo.score_analysis import bleu, correlation, rouge_l, sentence_truth
+from aspo.rewards.analysis import bleu, correlation, rouge_l, sentence_truth
+from aspo.rewards.calibrate import answer_rows, calibration_of, judged_scores, summary
+from aspo.rewards.command import add_arguments, run
+from aspo.rewards.object_words import ObjectVocabulary, judge_words, load_vocabulary
+from aspo.rewards.verifier import Calibration, Verifier, auc, calibrate, compare_towers
 from aspo.scorers import load_scorer, transformers_scorer
-from aspo.verifier import Calibration, Verifier, auc, calibrate, compare_towers
 from aspo.world import load_clip_hf
 from aspo.world.scenes import Scene, Thing
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aspo.sae import (
+from aspo.negatives.sae import (
     BilinearSae,
     Deviations,
     SaeConfig,

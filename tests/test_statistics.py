@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aspo.metrics import (
+from aspo.evaluation.metrics import (
     BY_NAME,
     FIGURES,
     JudgedClaim,
@@ -20,7 +20,7 @@ from aspo.metrics import (
     yes_no,
     yes_no_counts,
 )
-from aspo.statistics import compare
+from aspo.evaluation.statistics import compare
 
 
 def _claim(sentence, verdict, fact, **more):

@@ -13,10 +13,10 @@ from tiny import tiny_image, tiny_llava
 
 from aspo import cli
 from aspo import evaluate as command
+from aspo.evaluation.metrics import summarise
+from aspo.evaluation.statistics import compare
 from aspo.generation import Answer
-from aspo.metrics import summarise
 from aspo.report import read_evaluation
-from aspo.statistics import compare
 from aspo.suite import run as suite_run
 from aspo.suite.amber import AMBER, AMBER_D, Associations
 from aspo.suite.benchmark import Source

@@ -14,9 +14,9 @@ from tiny import tiny_llava
 from transformers import LlavaForConditionalGeneration
 
 from aspo import evaluate as command
+from aspo.evaluation.statistics import compare
 from aspo.model import load_model
 from aspo.report import read_evaluation
-from aspo.statistics import compare
 from aspo.suite import harness, lmms_eval, vlmevalkit
 from aspo.suite.judge import Judge
 

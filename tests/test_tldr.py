@@ -17,9 +17,9 @@ from aspo.cli import Parser
 from aspo.data import load_rows, validate_rows
 from aspo.folder import write_rows
 from aspo.model import load_model
-from aspo.object_words import ObjectVocabulary, load_vocabulary
-from aspo.rewards import add_arguments, run
-from aspo.tldr import TokenJudge, held_out, perturbed
+from aspo.rewards.command import add_arguments, run
+from aspo.rewards.object_words import ObjectVocabulary, load_vocabulary
+from aspo.rewards.tldr import TokenJudge, held_out, perturbed
 from aspo.training_state import checkpoints
 from aspo.world.language import judge as judge_claims
 from aspo.world.scenes import Scene

@@ -25,12 +25,12 @@ from transformers import (
     PixtralVisionConfig,
 )
 
-from aspo.attention import with_route
 from aspo.data import Collator
-from aspo.forward import tree_inputs
 from aspo.model import trunk_hidden
 from aspo.policy import vision_tower
-from aspo.vision import VisionFeatures, is_frozen
+from aspo.shared_prefix.attention import with_route
+from aspo.shared_prefix.forward import tree_inputs
+from aspo.vision.tower import VisionFeatures, is_frozen
 
 CHECK = 3  # entries that run once for each tower, to see that it can be cut
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}  # other batch sizes make other roundings

@@ -19,15 +19,15 @@ from trl import DPOConfig, DPOTrainer
 from trl.data_utils import extract_prompt
 from trl.trainer.utils import use_adapter
 
-from aspo.attention import with_route
 from aspo.data import Collator
-from aspo.exact import settle_sharing
-from aspo.forward import PairForward, mean_pair_tokens, objective_inputs, tree_inputs
 from aspo.integrations.common import forward_runs, refuse
 from aspo.meters import Meters, record
 from aspo.model import check_head, inference, output_head
 from aspo.objective_options import ObjectiveOptions
 from aspo.policy import MERGE
+from aspo.shared_prefix.attention import with_route
+from aspo.shared_prefix.exact import settle_sharing
+from aspo.shared_prefix.forward import PairForward, mean_pair_tokens, objective_inputs, tree_inputs
 from aspo.start import (
     autocast_dtype,
     check_columns,
@@ -38,7 +38,7 @@ from aspo.start import (
     needs_similarity,
 )
 from aspo.validate import validate_rows
-from aspo.vision import VisionFeatures
+from aspo.vision.tower import VisionFeatures
 from aspo_kernels import objectives
 
 NO_OBJECTIVE = "no objective of ours takes it; train with trl.DPOTrainer"

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from aspo.metrics import Counts, yes_no
-from aspo.object_words import IRREGULAR_PLURALS
+from aspo.evaluation.metrics import Counts, yes_no
+from aspo.rewards.object_words import IRREGULAR_PLURALS
 from aspo.suite.benchmark import Benchmark, Item, Row, Source, need, read_json, read_rows
 
 KINDS = {

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from aspo.metrics import ObjectVocabulary, chair_counts
+from aspo.evaluation.metrics import ObjectVocabulary, chair_counts
 from aspo.suite.benchmark import Benchmark, Item, Row, Source, need, read_json
 
 PROMPT = "Please describe this image in detail."

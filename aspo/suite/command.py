@@ -12,11 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from aspo.evaluation.statistics import compare, markdown
 from aspo.folder import append_line, read_lines
 from aspo.model import load_model
 from aspo.resume import write_json
 from aspo.scores import progress_bar
-from aspo.statistics import compare, markdown
 from aspo.suite import harness
 from aspo.suite.amber import AMBER, AMBER_D, AMBER_G
 from aspo.suite.benchmark import Benchmark, Item, Source

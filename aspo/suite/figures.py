@@ -1,10 +1,10 @@
-"""The figures of the benchmarks (docs/suite.md defines each); they stand among those of `aspo.metrics`."""
+"""The figures of the benchmarks (docs/suite.md defines each); they stand among those of `aspo.evaluation.metrics`."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from aspo.figures import Figure, Sums, divide, ratio
+from aspo.evaluation.figures import Figure, Sums, divide, ratio
 
 AMBER_KINDS = ("existence", "attribute", "relation", "all")
 MMHAL_TYPES = (

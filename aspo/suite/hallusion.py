@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from aspo.metrics import Counts, yes_no
+from aspo.evaluation.metrics import Counts, yes_no
 from aspo.suite.benchmark import Benchmark, Item, Row, Source, read_rows
 
 COLUMNS = ("category", "subcategory", "visual_input", "set_id", "figure_id", "question_id", "question", "gt_answer")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from aspo.metrics import Counts
+from aspo.evaluation.metrics import Counts
 from aspo.suite.benchmark import Benchmark, Item, Row, Source, read_rows
 from aspo.suite.figures import MMHAL_TYPES
 

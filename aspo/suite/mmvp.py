@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from aspo.metrics import Counts
+from aspo.evaluation.metrics import Counts
 from aspo.suite.benchmark import Benchmark, Item, Row, Source, read_rows
 
 OPTION = re.compile(r"\(([ab])\)\s*([^(]*)", flags=re.IGNORECASE)

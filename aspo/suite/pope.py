@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from aspo.metrics import YES_NO_SPLITS, yes_no, yes_no_counts
+from aspo.evaluation.metrics import YES_NO_SPLITS, yes_no, yes_no_counts
 from aspo.suite.benchmark import Benchmark, Item, Row, Source, read_rows
 
 PLACES = ("", "output/coco/", "coco/")

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from aspo.evaluation.judges import image_hash
+from aspo.evaluation.metrics import answer_counts
 from aspo.generation import generate_answers
-from aspo.judges import image_hash
-from aspo.metrics import answer_counts
 from aspo.suite.benchmark import Benchmark, Item, Row
 from aspo.suite.judge import Judge
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from aspo.metrics import Counts
+from aspo.evaluation.metrics import Counts
 from aspo.suite.benchmark import Benchmark, Item, Row, Source, read_rows
 
 PROMPT = "Describe this image in detail."

@@ -1,0 +1,1 @@
+"""`aspo online`: FiSAO's on-policy loop: generate, score, update (docs/fisao.md)."""

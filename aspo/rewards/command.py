@@ -1,0 +1,220 @@
+"""`aspo rewards`: how right each token of the responses is, kept in the data set as `<column>_token_scores`.
+
+    fisao   object words scored by a CLIP model (the model's own vision encoder where it is one) and calibrated on the
+            model's answers to rows set apart: `verifier`, `calibrate`, docs/fisao.md
+    tldr    object words scored by a head on the model's hidden states, trained on perturbed captions: `tldr`,
+            docs/tldr.md
+    changes 1 where chosen and rejected differ, for objectives of corrected segments: `changes`
+
+All write [start, end, r] spans over characters of the response; a token that overlaps none has r = 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aspo.folder import read_lines
+from aspo.model import load_model
+from aspo.rewards.analysis import run_analysis
+from aspo.rewards.calibrate import (
+    ANSWERS_FILE,
+    CALIBRATION_FILE,
+    Answered,
+    answer_rows,
+    calibration_of,
+    load_verifier,
+    summary,
+    write_calibration,
+)
+from aspo.rewards.changes import score_changes
+from aspo.rewards.tldr import run_tldr
+from aspo.rewards.token_scores import COLUMNS, Spans, begin, check_apart, load_preferences, scored_summary, write_scored
+from aspo.rewards.verifier import BARE_WORD, WORLD_TEMPLATE, Calibration, Verifier, compare_towers
+from aspo.scores import progress_bar
+from aspo.validate import response_text
+
+Row = Mapping[str, Any]
+
+DESCRIPTION = """\
+Score the tokens of preference rows, for objectives that weigh tokens (fisao, weighted_dpo, ddpo) and for `aspo online`.
+
+  aspo rewards --method fisao --model world --scorer world --objects world \\
+               --calibrate world:calibration --data runs/pairs --out runs/rewarded
+  aspo rewards --method tldr --model world --objects world --train world:calibration --data runs/pairs --out runs/tldr
+
+fisao: the model answers the calibration rows, whose truth (`objects` or `scene`) tells right from hallucinated object
+words; their mean similarities to the images are the baselines of the rewards. Without --data it stops there. tldr: a
+head on the model's hidden states learns to tell true captions' tokens from swapped ones. changes: 1 on the words that
+differ between chosen and rejected, for answers that a person corrected; no model is needed. --analyse compares
+token-level with sentence-level scores instead. Run the same command again to go on after a stop."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `aspo rewards`."""
+    parser.description = DESCRIPTION
+    add = parser.add_argument
+    add("--method", required=True, choices=("fisao", "tldr", "changes"), help="what scores the tokens")
+    add("--model", help="folder or hub name of the model, or an adapter's; world = the embedded one (`aspo run` gives "
+        "--model and --seed to every method; changes needs neither)")  # fmt: skip
+    add("--data", help="preference rows to score: a folder, .jsonl, .json or .parquet")
+    add("--out", required=True, type=Path, help="folder to write: the rows, and what the scores were made with")
+    add("--objects", help="object vocabulary: a file of lines `name, synonym, synonym`; rows = names in the rows' "
+        "`objects`; world, world:shapes, world:colours")  # fmt: skip
+    fisao = parser.add_argument_group("fisao")
+    fisao.add_argument(
+        "--scorer", help="CLIP as in `aspo score`; best the one that the model's vision tower comes from"
+    )
+    fisao.add_argument("--calibrate", help="rows with `objects` or `scene`, neither trained on nor evaluated")
+    fisao.add_argument("--calibrate-limit", type=int, help="only the first of them (default: all)")
+    fisao.add_argument("--template", help=f"what the text tower reads of a word (default: {BARE_WORD}, the bare word; "
+                       f'"{WORLD_TEMPLATE}" with --scorer world)')  # fmt: skip
+    fisao.add_argument("--margin", type=float, help="cosine beyond the baselines that r needs (default: 0)")
+    fisao.add_argument("--temperature", type=float, help="of the answers, 0 = greedy (default: 1)")
+    fisao.add_argument("--analyse", action="store_true", help="token- against sentence-level scores, as JSON and PNG")
+    fisao.add_argument("--after", help="--analyse: a second model or adapter, e.g. the trained one")
+    tldr = parser.add_argument_group("tldr")
+    tldr.add_argument("--train", help="rows with true captions: `caption`, else `chosen`; or `scene`")
+    tldr.add_argument("--train-limit", type=int, help="only the first of them (default: all)")
+    tldr.add_argument("--epochs", type=int, help="passes over the captions, each perturbed anew (default: 20)")
+    tldr.add_argument("--learning-rate", type=float, help="of AdamW, constant (default: 0.001)")
+    add("--max-new-tokens", type=int, help="fisao, tldr: longest answer of the model (default: 256)")
+    add("--seed", type=int, default=0, help="of sampling, of perturbations and of the head's start (default: 0)")
+    add("--batch-size", type=int, default=16, help="rows at a time (default: 16)")
+    add("--limit", type=int, help="only the first rows of --data (default: all)")
+    add("--image-root", help="where relative image paths start (default: the folder of the rows)")
+    add("--dtype", help="fisao, tldr: float32, bfloat16, float16 or auto (default: float32)")
+    add("--device", help="fisao, tldr: torch device (default: the accelerator if there is one, else cpu)")
+
+
+NEEDS = {
+    "fisao": ("model", "scorer", "objects", "calibrate"),
+    "tldr": ("model", "train", "objects", "data"),
+    "changes": ("data",),
+}
+_FISAO, _TLDR = ("fisao",), ("tldr",)
+READ_BY = {  # option -> the methods that read it; every method reads or may be given the others
+    **dict.fromkeys(("scorer", "calibrate", "calibrate_limit", "template", "margin", "temperature"), _FISAO),
+    **dict.fromkeys(("analyse", "after"), _FISAO),
+    **dict.fromkeys(("train", "train_limit", "epochs", "learning_rate"), _TLDR),
+    **dict.fromkeys(("objects", "max_new_tokens", "dtype", "device"), (*_FISAO, *_TLDR)),
+}
+DEFAULTS: dict[str, Any] = {  # of options that are None where they are not given, so that a useless one can be refused
+    "margin": 0.0,
+    "temperature": 1.0,
+    "max_new_tokens": 256,
+    "epochs": 20,
+    "learning_rate": 1e-3,
+    "dtype": "float32",
+}
+LEAST = {"batch_size": 1, "max_new_tokens": 1, "epochs": 1, "temperature": 0, "margin": 0}
+
+
+def settle_options(args: argparse.Namespace) -> None:
+    """Fill in the defaults. Raises ValueError for an option that is missing, out of range, or would be ignored."""
+    flags = {name: "--" + name.replace("_", "-") for name in vars(args)}
+    for name in NEEDS[args.method]:
+        if getattr(args, name) is None:
+            raise ValueError(f"{flags[name]} is missing: --method {args.method} needs it")
+    for name, methods in READ_BY.items():
+        value = getattr(args, name)  # 0 is an option that was given, False a switch that was not
+        if args.method not in methods and value is not None and value is not False:
+            only = ", ".join(methods)
+            raise ValueError(f"{flags[name]} is not read by --method {args.method}, only by {only}: drop it")
+    if args.method == "fisao" and args.after is not None and not args.analyse:
+        raise ValueError("--after is the second model of --analyse: give that too, or drop it")
+    if args.analyse:
+        for name, why in (("data", "looks at answers to the --calibrate rows"), ("margin", "makes no rewards")):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--analyse {why}: drop {flags[name]}")
+    if args.data is None and args.limit is not None:
+        raise ValueError("--limit is the number of rows of --data: give that too, or drop it")
+    for name, value in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name, least in LEAST.items():
+        if not getattr(args, name) >= least:
+            raise ValueError(f"{flags[name]} is {getattr(args, name)}; it must be at least {least}")
+    if not 0 < args.learning_rate < float("inf"):
+        raise ValueError(f"--learning-rate is {args.learning_rate}; it must be positive")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `aspo rewards`."""
+    settle_options(args)
+    if args.method == "changes":
+        return run_changes(args)
+    if args.method == "tldr":
+        return run_tldr(args)
+    return run_analysis(args) if args.analyse else run_fisao(args)
+
+
+def run_fisao(args: argparse.Namespace) -> int:
+    """Calibrate, then score --data if it is given."""
+    rows = load_preferences(args) if args.data else None
+    calibration_rows, verifier = load_verifier(args)
+    if rows is not None:
+        check_apart(calibration_rows, rows, "--calibrate")
+    names = ("method", "model", "scorer", "objects", "template", "calibrate", "calibrate_limit", "temperature",
+             "max_new_tokens", "margin", "seed", "batch_size", "dtype", "image_root")  # fmt: skip
+    begin(args.out, {**{name: getattr(args, name) for name in names}, "data": args.data}, free=("data",))
+    calibration = settled_calibration(args, calibration_rows, verifier)
+    if rows is None:
+        return 0
+
+    def score(batch: Sequence[Row]) -> list[dict[str, Spans]]:
+        texts = [[response_text(row[column]) for column in COLUMNS] for row in batch]
+        return [
+            {column: calibration.spans(words) for column, words in zip(COLUMNS, of_row, strict=True)}
+            for of_row in verifier.scores(batch, texts)
+        ]
+
+    write_scored(rows, score, args.out, args.batch_size)
+    print(scored_summary(args.out))
+    return 0
+
+
+def run_changes(args: argparse.Namespace) -> int:
+    """Mark the words in which the responses of --data differ."""
+    rows = load_preferences(args)
+    begin(args.out, {name: getattr(args, name) for name in ("method", "data", "image_root")})
+    write_scored(rows, score_changes, args.out, args.batch_size)
+    print(scored_summary(args.out))
+    return 0
+
+
+def settled_calibration(args: argparse.Namespace, rows: Sequence[Row], verifier: Verifier) -> Calibration:
+    """The calibration in --out, or a new one; what it found is printed."""
+    path = args.out / CALIBRATION_FILE
+    if path.exists():
+        calibration = Calibration.load(path)
+        now = (verifier.scorer.identity, tuple(verifier.vocabulary.lines))
+        if (calibration.identity, calibration.vocabulary) != now:
+            raise ValueError(
+                f"{path} was made with other weights of the scorer or another vocabulary; use another --out"
+            )
+        answers: list[Answered] = list(read_lines(args.out / ANSWERS_FILE))
+    else:
+        model, processor = load_model(args.model, args.dtype, device=args.device)
+        with progress_bar() as bar:
+            task = bar.add_task("calibrating", total=len(rows))
+            answers = answer_rows(
+                model,
+                processor,
+                rows,
+                verifier,
+                args.out / ANSWERS_FILE,
+                batch_size=args.batch_size,
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                seed=args.seed,
+                progress=lambda count: bar.advance(task, count),
+            )
+        calibration = calibration_of(
+            answers, verifier, args.margin, args.scorer, compare_towers(model, verifier.scorer)
+        )
+        write_calibration(args.out, calibration, answers)
+    print(summary(calibration, answers))
+    return calibration
