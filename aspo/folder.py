@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,14 @@ def write_rows(folder: str | Path, rows: Iterable[Row]) -> None:
     partial = folder / (ROWS_FILE + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(_row_line(folder, row))
+            file.write(row_line(folder, row))
     partial.replace(folder / ROWS_FILE)
 
 
 def append_row(folder: str | Path, row: Row) -> None:
     """Add one row to a native folder (made if absent); a last line that a kill left unfinished is cut off first."""
     folder = Path(folder)
-    append_line(folder / ROWS_FILE, _row_line(folder, row))
+    append_line(folder / ROWS_FILE, row_line(folder, row))
 
 
 def append_line(path: Path, line: str) -> None:
@@ -82,7 +83,7 @@ def image_bytes(entry: Any, root: str | Path | None = None) -> bytes:
     return image_path(entry, root).read_bytes()
 
 
-def _row_line(folder: Path, row: Row) -> str:
+def row_line(folder: Path, row: Row) -> str:
     """The row as a JSON line; its images are put into `folder/images` under a name made of their content."""
     plain = {k: value for k, value in row.items() if k not in ("image", *IMAGE_COLUMNS) and value is not None}
     for column in IMAGE_COLUMNS:
@@ -103,7 +104,7 @@ def _store_image(folder: Path, entry: Any) -> str:
     target = folder / "images" / name
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(name + ".partial")
+        partial = target.with_name(f"{name}.{secrets.token_hex(4)}.partial")  # other processes may store it too
         partial.write_bytes(content)
         partial.replace(target)
     return f"images/{name}"
