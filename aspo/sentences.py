@@ -55,8 +55,14 @@ def check_spans(text: str, spans: Iterable[Sequence[int]]) -> list[Span]:
     """`spans` as tuples, if they are non-empty, contiguous and cover `text` exactly; otherwise ValueError."""
     checked: list[Span] = []
     at = 0
+    if isinstance(spans, str) or not isinstance(spans, Iterable):
+        raise ValueError(f"the sentences are {spans!r}; they are a list of [start, end]")
     for i, span in enumerate(spans):
-        if len(span) != 2 or any(isinstance(x, bool) or not isinstance(x, int) for x in span):
+        if (
+            not isinstance(span, Sequence)
+            or len(span) != 2
+            or any(isinstance(x, bool) or not isinstance(x, int) for x in span)
+        ):
             raise ValueError(f"sentence {i} is {span!r}; a sentence is [start, end], two integers")
         start, end = span
         if start != at:

@@ -51,8 +51,11 @@ def check_offsets(name: str, offsets: Tensor, total: int) -> None:
 def check_groups(group: Tensor, role: Tensor) -> None:
     if not group.numel():
         return
-    num_items = int(group.max()) + 1
-    chosen = torch.bincount(group[role == 0], minlength=num_items)
+    responses, at = role.numel(), int(role.argmax())
+    if int(role[at]) >= responses:  # nothing may be made as large as a number that is wrong
+        raise ValueError(f"role[{at}] is {int(role[at])}, but there are {responses} responses: roles count 0, 1, 2..")
+    num_items = min(int(group.max()) + 1, responses + 1)  # of one more than there are responses, one has none
+    chosen = torch.bincount(group[(role == 0) & (group < num_items)], minlength=num_items)
     wrong = torch.nonzero(chosen != 1).flatten()
     if wrong.numel():
         item = int(wrong[0])
