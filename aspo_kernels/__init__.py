@@ -17,6 +17,7 @@ from aspo_kernels.sentence_dpo import (
     sentence_dpo_loss,
     sentence_dpo_loss_from_logits,
 )
+from aspo_kernels.sequence import SequenceShard
 from aspo_kernels.token_logps import token_logps
 from aspo_kernels.vocabulary import VocabularyShard, gather_head
 
@@ -26,6 +27,7 @@ __all__ = [
     "LinearStats",
     "SentenceDPOOutput",
     "SentenceLayout",
+    "SequenceShard",
     "TokenKL",
     "VocabularyShard",
     "gather_head",

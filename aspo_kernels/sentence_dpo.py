@@ -6,6 +6,7 @@ hidden states -> per-token log-probabilities -> sentence log-ratios -> weighted 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from aspo_kernels.checks import check_head
 from aspo_kernels.layout import SentenceLayout
 from aspo_kernels.linear_logps import Lora, policy_and_reference_logps
 from aspo_kernels.objectives import Inputs
+from aspo_kernels.sequence import SequenceShard
 from aspo_kernels.tiles import Epilogue
 from aspo_kernels.token_logps import gathered_token_logps
 from aspo_kernels.vocabulary import VocabularyShard, gather_if_frozen
@@ -66,6 +68,7 @@ def sentence_dpo_loss(
     temperature: float = 1.0,
     lora: Lora | None = None,
     vocabulary: VocabularyShard | None = None,
+    sequence: SequenceShard | None = None,
     reduction: str = "mean",
     backend: str = "auto",
     memory_budget: int | None = None,
@@ -91,6 +94,9 @@ def sentence_dpo_loss(
         perplexity_scale: "ppl" or "nll" (one outlier flattens "ppl" scores).
         bias, logit_scale, softcap, temperature, lora, vocabulary, backend, memory_budget, validate: as in
             `linear_logps`.
+        sequence: which of the layout's tokens this process has the hidden states of, where they are spread over
+            processes: hidden and ref_hidden are then (R, T_local, H), or (n, H) of those tokens. All else is the whole
+            batch's, the same in every process, and so is the result; a process gets the gradients of its own tokens.
         reduction: over pairs, "mean", "sum" or "none" -> (B,).
 
     Raises:
@@ -99,39 +105,67 @@ def sentence_dpo_loss(
 
     With no pairs the loss is a connected zero.
     """
-    _check_call(reduction, (ref_hidden is None) == (ref_logps is None), "ref_hidden or ref_logps", layout)
-    check_aspo_options(beta, alpha, normalizer, perplexity, perplexity_scale)
-    if ref_logps is not None and (ref_head is not None or ref_bias is not None):
-        raise ValueError("ref_head and ref_bias belong to ref_hidden; with ref_logps leave them out")
-    if validate:
-        layout.validate()
+    options: dict[str, Any] = {
+        "beta": beta, "alpha": alpha, "normalizer": normalizer, "perplexity": perplexity,
+        "perplexity_scale": perplexity_scale,
+    }  # fmt: skip
+    alike = {"layout": layout, "ref_logps": ref_logps, "similarity": similarity, "sentence_weights": sentence_weights}
+    with nullcontext() if sequence is None else sequence.together(validate, **alike, **options, reduction=reduction):
+        _check_call(reduction, (ref_hidden is None) == (ref_logps is None), "ref_hidden or ref_logps", layout)
+        check_aspo_options(**options)
+        if ref_logps is not None and (ref_head is not None or ref_bias is not None):
+            raise ValueError("ref_head and ref_bias belong to ref_hidden; with ref_logps leave them out")
+        if validate:
+            layout.validate()
+        logps, live_ref_logps = _both_logps(
+            hidden, ref_hidden, head, ref_head, bias, ref_bias, layout, Epilogue(logit_scale, softcap, temperature), lora,
+            vocabulary, sequence, backend, memory_budget, validate,
+        )  # fmt: skip
+    both = (logps,) if live_ref_logps is None else (logps, live_ref_logps)
+    logps, *live = both if sequence is None else sequence.whole(*both, validate=validate)
+    ref_logps = live[0] if live else ref_logps
+    return _loss(layout, logps, ref_logps, similarity, sentence_weights, reduction, backend, **options)
+
+
+def _both_logps(
+    hidden: Tensor,
+    ref_hidden: Tensor | None,
+    head: Tensor,
+    ref_head: Tensor | None,
+    bias: Tensor | None,
+    ref_bias: Tensor | None,
+    layout: SentenceLayout,
+    epilogue: Epilogue,
+    lora: Lora | None,
+    vocabulary: VocabularyShard | None,
+    sequence: SequenceShard | None,
+    backend: str,
+    memory_budget: int | None,
+    validate: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Of the policy, and of the reference where ref_hidden is given; with `sequence` of this process's tokens."""
     own_head = ref_head is None and (ref_bias is None or ref_bias is bias)
     same_head = lora is None and (own_head or (ref_head is head and ref_bias is bias))
     if ref_hidden is not None and ref_head is None and not same_head and vocabulary is None:  # two passes over one head
         head, bias = gather_if_frozen("head", head), gather_if_frozen("bias", bias)
-    rows = gather_hidden(hidden, layout)
-    ref_rows = None if ref_hidden is None else gather_hidden(ref_hidden.detach(), layout, "ref_hidden")
+    rows = _rows(hidden, layout, sequence, "hidden")
+    ref_rows = None if ref_hidden is None else _rows(ref_hidden.detach(), layout, sequence, "ref_hidden")
+    targets = layout.targets if sequence is None else sequence.local(layout.targets)
     if ref_rows is not None and not torch.is_autocast_enabled(hidden.device.type):  # which makes them alike
         check_head(ref_rows, head if ref_head is None else ref_head, ref_bias, "ref_hidden")
-    epilogue = Epilogue(logit_scale, softcap, temperature)
-    logps, stacked_ref_logps = policy_and_reference_logps(
-        rows, ref_rows if same_head else None, head, layout.targets, bias, epilogue, lora, vocabulary, backend,
+    logps, ref_logps = policy_and_reference_logps(
+        rows, ref_rows if same_head else None, head, targets, bias, epilogue, lora, vocabulary, backend,
         memory_budget, validate,
     )  # fmt: skip
-    if same_head and ref_rows is not None:
-        ref_logps = stacked_ref_logps
-    elif ref_rows is not None:
+    if ref_rows is not None and not same_head:
         if ref_head is None:
             ref_head, ref_bias = head, bias if ref_bias is None else ref_bias
         with torch.no_grad():
             ref_logps, _ = policy_and_reference_logps(
-                ref_rows, None, ref_head, layout.targets, ref_bias, epilogue, None, vocabulary, backend,
-                memory_budget, validate,
+                ref_rows, None, ref_head, targets, ref_bias, epilogue, None, vocabulary, backend, memory_budget,
+                validate,
             )  # fmt: skip
-    return _loss(
-        layout, logps, ref_logps, similarity, sentence_weights, reduction, backend, beta=beta, alpha=alpha,
-        normalizer=normalizer, perplexity=perplexity, perplexity_scale=perplexity_scale,
-    )  # fmt: skip
+    return logps, ref_logps
 
 
 def sentence_dpo_loss_from_logits(
@@ -195,6 +229,11 @@ def gather_hidden(hidden: Tensor, layout: SentenceLayout, name: str = "hidden") 
         )
     _check_padded_shape(hidden, layout, name)
     return hidden.flatten(0, 1)[layout.hidden_index]
+
+
+def _rows(hidden: Tensor, layout: SentenceLayout, sequence: SequenceShard | None, name: str) -> Tensor:
+    """(N, H), or (n, H) of a SequenceShard's tokens."""
+    return gather_hidden(hidden, layout, name) if sequence is None else sequence.local_rows(hidden, name)
 
 
 def _check_logits(logits: Tensor, layout: SentenceLayout, name: str = "logits") -> None:
