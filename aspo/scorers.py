@@ -42,6 +42,37 @@ class Scorer(Protocol):
         """(n, d), unit norm; of a text longer than the tower takes, the weighted mean of its windows' unit vectors."""
 
 
+class LazyScorer:
+    """The scorer that `load(name, device)` gives, loaded when it is first used, and anew in a process it is sent to."""
+
+    def __init__(self, load: Callable[[str, Any], Scorer], name: str, device: Any = None) -> None:
+        self._how = (load, name, device)
+        self._scorer: Scorer | None = None
+
+    @property
+    def _loaded(self) -> Scorer:
+        if self._scorer is None:
+            load, name, device = self._how
+            self._scorer = load(name, device)
+        return self._scorer
+
+    @property
+    def identity(self) -> str:
+        """See `Scorer`."""
+        return self._loaded.identity
+
+    def image_features(self, images: Sequence[Image.Image]) -> Tensor:
+        """See `Scorer`."""
+        return self._loaded.image_features(images)
+
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """See `Scorer`."""
+        return self._loaded.text_features(texts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LazyScorer, self._how
+
+
 class TokenisedText(NamedTuple):
     """A text's own tokens between the special tokens that the tower wants around them."""
 

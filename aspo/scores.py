@@ -1,7 +1,7 @@
 """`aspo score`: the similarity of each sentence to its image, kept in the data set.
 
-Every score is appended to `scores.jsonl` in the output folder as soon as it is there, under a hash of image, sentence
-and scorer; a command that was stopped goes on from there, and a data set that grew is scored only where it is new.
+The rows are scored in shards (`aspo.shards`), by any number of processes. `scores.jsonl` in the output folder keeps
+every score under a hash of image, sentence and scorer: a data set that grew is scored only where it is new.
 """
 
 import argparse
@@ -9,17 +9,17 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from aspo.data import load_images, load_rows, response_text, row_name, validate_rows, write_rows
-from aspo.folder import ROWS_FILE, append_line, image_bytes, image_entries, read_lines
+from aspo import shards
+from aspo.data import load_images, load_rows, response_text, row_name, validate_rows
+from aspo.folder import ROWS_FILE, append_line, image_bytes, image_entries, read_lines, row_line
+from aspo.progress import progress_bar
 from aspo.prompts import named
-from aspo.scorers import Scorer, load_scorer
+from aspo.scorers import LazyScorer, Scorer, load_scorer
 from aspo.sentences import Splitter, check_spans, split_sentences
 
 CACHE_FILE = "scores.jsonl"
@@ -31,6 +31,7 @@ def score_rows(
     scorer: Scorer,
     *,
     cache: str | Path | None = None,
+    known: MutableMapping[str, float] | None = None,
     splitter: Splitter = split_sentences,
     columns: Sequence[str] = ("chosen",),
     batch_size: int = 32,
@@ -42,6 +43,7 @@ def score_rows(
         rows: preference rows with one image each. Sentences that a row already has are kept.
         scorer: see `aspo.scorers.load_scorer`.
         cache: file of scores already made; grows as scores are made. None = none.
+        known: scores already made, by their keys in such a file; gets the new ones.
         splitter: cuts responses that have no sentences yet.
         batch_size: rows at a time.
         progress: called with the number of rows after each batch.
@@ -49,14 +51,15 @@ def score_rows(
     Raises:
         ValueError: a row without exactly one image, or with a score that is not finite.
     """
-    known = {line["key"]: line["similarity"] for line in read_lines(Path(cache))} if cache is not None else {}
+    known = {} if known is None else known
+    if cache is not None:
+        known.update(read_scores(Path(cache)))
     for start in range(0, len(rows), batch_size):
         batch = [dict(rows[i]) for i in range(start, min(start + batch_size, len(rows)))]
         keys = [_cut_and_name(row, scorer, splitter, columns) for row in batch]
         fresh = _missing_scores(batch, keys, known, scorer, columns)
         if fresh and cache is not None:
-            lines = (json.dumps({"key": key, "similarity": value}) for key, value in fresh.items())
-            append_line(Path(cache), "\n".join(lines) + "\n")
+            append_line(Path(cache), "".join(_score_lines(fresh)))
         known.update(fresh)
         for row, of_column in zip(batch, keys, strict=True):
             for column in columns:
@@ -64,6 +67,15 @@ def score_rows(
             yield row
         if progress is not None:
             progress(len(batch))
+
+
+def read_scores(cache: Path) -> dict[str, float]:
+    """The scores of a cache file by their keys; none where it is not there."""
+    return {line["key"]: line["similarity"] for line in read_lines(cache)}
+
+
+def _score_lines(scores: Mapping[str, float]) -> list[str]:
+    return [json.dumps({"key": key, "similarity": value}) + "\n" for key, value in scores.items()]
 
 
 def _sentences(row: Row, column: str) -> list[str]:
@@ -148,6 +160,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="only the first rows (default: all)")
     parser.add_argument("--image-root", help="where relative image paths start (default: the folder of --data)")
     parser.add_argument("--device", help="torch device (default: the accelerator if there is one, else cpu)")
+    shards.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -155,32 +168,49 @@ def run(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}; it must be at least 1")
     split_sentences(".", args.language)  # an unknown language stops here
+    engine = shards.Engine.of(args)
     rows = load_rows(args.data, limit=args.limit, image_root=args.image_root)
     validate_rows(rows)
     columns = ("chosen", "rejected") if args.rejected else ("chosen",)
     out = Path(args.out)
     _check_replaced(out, rows)
-    scorer = load_scorer(args.scorer, args.device)
-    scored: list[list[float]] = []
-
-    def kept() -> Iterator[dict[str, Any]]:
-        with progress_bar() as bar:
-            task = bar.add_task("scoring", total=len(rows))
-            for row in score_rows(
-                rows,
-                scorer,
-                cache=out / CACHE_FILE,
-                splitter=lambda text: split_sentences(text, args.language),
-                columns=columns,
-                batch_size=args.batch_size,
-                progress=lambda n: bar.advance(task, n),
-            ):
-                scored.append(row["chosen_similarity"])
-                yield row
-
-    write_rows(out, kept())
-    print(summary(scored, scorer, out))
+    scorer = LazyScorer(load_scorer, args.scorer, engine.processes.device_for(args.device))
+    job = shards.Job(
+        out,
+        "scores",
+        rows,
+        {"scorer": scorer.identity, "columns": columns, "language": args.language},
+        lambda: _maker(scorer, out, args.language, columns),
+        args.batch_size,
+        title="scoring",
+        added=(CACHE_FILE,),
+        replaces=True,
+    )
+    shards.run_job(job, engine)
+    if engine.processes.main:
+        scored = [row["chosen_similarity"] for row in read_lines(out / ROWS_FILE)]
+        print(summary(scored, scorer.identity, out))
     return 0
+
+
+def _maker(scorer: Scorer, out: Path, language: str, columns: Sequence[str]) -> shards.Make:
+    """Scores what scores.jsonl lacks; it does not grow before all shards are there, so that batches stay the same."""
+    before = read_scores(out / CACHE_FILE)
+
+    def make(batch: Sequence[Row], start: int) -> dict[str, list[str]]:
+        fresh: dict[str, float] = {}
+        scored = score_rows(
+            batch,
+            scorer,
+            known=ChainMap(fresh, before),
+            splitter=lambda text: split_sentences(text, language),
+            columns=columns,
+            batch_size=len(batch),
+        )
+        rows = [row_line(out, row) for row in scored]
+        return {CACHE_FILE: _score_lines(fresh), ROWS_FILE: rows}
+
+    return make
 
 
 def _check_replaced(out: Path, rows: Any) -> None:
@@ -194,12 +224,12 @@ def _check_replaced(out: Path, rows: Any) -> None:
         )
 
 
-def summary(scored: Sequence[Sequence[float]], scorer: Scorer, out: Path) -> str:
+def summary(scored: Sequence[Sequence[float]], scorer: str, out: Path) -> str:
     """What was scored, and whether the scores tell the sentences of a response apart."""
     values = [value for row in scored for value in row]
     ranges = [max(row) - min(row) for row in scored if len(row) > 1]
     lines = [
-        f"{len(values)} sentences of {len(scored)} chosen responses scored by {scorer.identity}, in {out}",
+        f"{len(values)} sentences of {len(scored)} chosen responses scored by {scorer}, in {out}",
         f"similarity: mean {statistics.fmean(values):.4f}, lowest {min(values):.4f}, highest {max(values):.4f}",
     ]
     if ranges:
@@ -213,12 +243,4 @@ def summary(scored: Sequence[Sequence[float]], scorer: Scorer, out: Path) -> str
     return "\n".join(lines)
 
 
-def progress_bar() -> Progress:
-    """A progress bar on stderr."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
+__all__ = ["CACHE_FILE", "add_arguments", "progress_bar", "run", "score_rows", "summary"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import warnings
 
 import aspo  # isort: skip  # noqa: F401  (first: it makes torchvision importable on a CPU torch)
@@ -13,7 +14,8 @@ from tiny import tiny_image, tiny_rows
 
 from aspo import cli
 from aspo.data import load_rows, validate_rows, write_rows
-from aspo.folder import append_row, load_images, read_lines
+from aspo.folder import load_images, read_lines
+from aspo.negatives import autoencoder
 from aspo.negatives import command as negatives
 from aspo.negatives import report as negative_report
 from aspo.negatives.command import prompt_text
@@ -82,7 +84,7 @@ def no_pictures(monkeypatch):
     """For tests that run the command often: pictures take most of its time."""
     for name in ("plot_grid", "plot_projection"):
         monkeypatch.setattr(negative_report, name, lambda *_: None)
-    monkeypatch.setattr(negatives, "plot_latents", lambda *_: None)
+    monkeypatch.setattr(autoencoder, "plot_latents", lambda *_: None)
 
 
 def command(folder, *extra, method="misp", out="out", pool="pool"):
@@ -302,17 +304,19 @@ def test_a_run_that_was_stopped_ends_as_an_uninterrupted_one(made, no_pictures, 
     assert command(made, method=method, out="whole") == 0
     calls = []
 
-    def stop(folder, row):
+    def stop(out, row, of_row, real=negatives._lines):
         calls.append(row["id"])
         if len(calls) == 2:
             raise KeyboardInterrupt
-        append_row(folder, row)
+        return real(out, row, of_row)
 
-    monkeypatch.setattr(negatives, "append_row", stop)
-    assert command(made, method=method) == cli.INTERRUPTED
-    assert len(written(made)) == 1
-    monkeypatch.setattr(negatives, "append_row", append_row)
-    assert command(made, method=method) == 0
+    small = ("--shard-rows", "1") if method == "crop" else ()  # the others pick for all of these rows at once
+    monkeypatch.setattr(negatives, "_lines", stop)
+    assert command(made, *small, method=method) == cli.INTERRUPTED
+    assert len(list((made / "out" / "shards" / "negatives").glob("*.jsonl"))) == len(small) // 2
+    assert not (made / "out" / "rows.jsonl").exists()
+    assert command(made, *small, method=method) == 0
+    assert len(calls) == (6 if method == "crop" else 7)  # those of the shard that was stopped are made again
     for name in ("rows.jsonl", "selection.json"):
         assert (made / "out" / name).read_bytes() == (made / "whole" / name).read_bytes()
     before = (made / "out" / "rows.jsonl").read_bytes()
@@ -359,7 +363,8 @@ def test_an_autoencoder_of_other_rows_is_not_gone_on_with(made, no_pictures, cap
     assert command(made) == cli.USAGE
     assert "an autoencoder that was trained on other rows (another --limit" in capsys.readouterr().err
     assert written(made) == before and command(made, "--limit", "2") == 0
-    (made / "out" / "rows.jsonl").unlink()  # stopped before its first row: the autoencoder is trained anew
+    (made / "out" / "rows.jsonl").unlink()  # stopped before its first shard: the autoencoder is trained anew
+    shutil.rmtree(made / "out" / "shards")
     assert command(made) == 0 and command(made, out="whole") == 0
     assert written(made) == written(made, "whole")
 

@@ -24,6 +24,7 @@ from aspo.pairs import next_sentences as steps
 from aspo.pairs.next_sentences import Candidate, last_sentence_logps
 from aspo.pairs.noise import add_noise, image_seeds
 from aspo.sentences import split_sentences
+from aspo.shards import job
 from aspo.world.data import rows as world_rows
 from aspo.world.language import DESCRIBE
 from aspo.world.scenes import Scene, Thing
@@ -324,13 +325,14 @@ def test_a_similarity_that_is_not_finite_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(csr, "load_scorer", lambda name, device: _Scorer(bad=True))
     ids = [row["id"] for row in world_rows("train", 4)]
     with pytest.raises(ValueError, match=f"row '{ids[2]}': the similarity of '.*' to its image is nan"):
-        method_command("csr", tmp_path / "out")
-    assert list(pairs.recorded(tmp_path / "out")) == ids[:2]
-    kept = (tmp_path / "out" / "rows.jsonl").read_bytes()
+        method_command("csr", tmp_path / "out", "--shard-rows", 2)
+    (shard,) = (tmp_path / "out" / "shards" / "pairs").glob("*.jsonl")
+    kept = shard.read_bytes()
+    assert [json.loads(line)["id"] for line in kept.splitlines()[1:3]] == ids[:2]
     monkeypatch.setattr(csr, "load_scorer", lambda name, device: _Scorer(bad=False))
-    assert method_command("csr", tmp_path / "out") == 0
+    assert method_command("csr", tmp_path / "out", "--shard-rows", 2) == 0
     assert list(pairs.recorded(tmp_path / "out")) == ids
-    assert (tmp_path / "out" / "rows.jsonl").read_bytes().startswith(kept)
+    assert shard.read_bytes() == kept
 
 
 # ---- SENTINEL ----
@@ -440,18 +442,19 @@ def test_a_stopped_run_goes_on_with_the_same_rows(method, tmp_path, monkeypatch)
     method_command(method, tmp_path / "whole")
     part = tmp_path / "part"
 
-    def append(path, line, real=pairs.append_line):
-        if len(pairs.recorded(part)) in (1, 2) and not stopped.get(len(pairs.recorded(part))):
-            stopped[len(pairs.recorded(part))] = True
-            raise KeyboardInterrupt  # the row is written, its record is not
-        real(path, line)
+    def write(path, key, parts, real=job.write_shard):
+        done.append(key)
+        if len(done) in (1, 3):
+            raise KeyboardInterrupt  # the shard's images are there, the shard is not
+        real(path, key, parts)
 
-    stopped = {}
-    monkeypatch.setattr(pairs, "append_line", append)
+    done = []
+    monkeypatch.setattr(job, "write_shard", write)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            method_command(method, part)
-    method_command(method, part)
+            method_command(method, part, "--shard-rows", 2)
+    method_command(method, part, "--shard-rows", 2)
+    assert len(done) == 4 and len(set(done)) == 2
     for name in ("rows.jsonl", "done.jsonl", "settings.json"):
         assert (part / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert json.loads((part / "settings.json").read_text())["method"] == method

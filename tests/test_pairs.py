@@ -13,6 +13,7 @@ from aspo.data import Collator, load_rows, validate_rows
 from aspo.generation import Answer, generate
 from aspo.pairs import command as pairs
 from aspo.pairs.command import add_noise, image_seeds, judge, make_pairs, noise_schedule, recorded
+from aspo.shards import Engine, Processes, job
 
 
 def test_schedule_has_the_papers_values():
@@ -133,19 +134,20 @@ def test_a_stopped_run_goes_on_with_the_same_pairs(answering, tmp_path, temperat
     whole = (tmp_path / "whole" / "rows.jsonl").read_bytes()
     records = (tmp_path / "whole" / "done.jsonl").read_bytes()
     part = tmp_path / "part"
-    for stop in (2, 4, 7):  # killed while writing record 2, 4, 7: the row is there, its record is not or is torn
+    small = Engine(Processes.current(), shard_rows=3)  # one batch each: five shards
+    for stop in (1, 2, 4):  # killed behind so many shards; the next one is torn
 
-        def append(path, line, real=pairs.append_line, stop=stop):
-            if len(recorded(part)) >= stop:
-                with path.open("ab") as file:
-                    file.write(line[:-5].encode())
+        def write(path, key, parts, real=job.write_shard, stop=stop):
+            real(path, key, parts)
+            if len(list(path.parent.glob("*.jsonl"))) > stop:
+                path.write_bytes(path.read_bytes()[:-5])
                 raise KeyboardInterrupt
-            real(path, line)
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(pairs, "append_line", append)
-            run_to_end(answering, part, **OPTIONS, temperature=temperature)
-    run_to_end(answering, part, **OPTIONS, temperature=temperature)
+            patch.setattr(job, "write_shard", write)
+            run_to_end(answering, part, **OPTIONS, temperature=temperature, engine=small)
+        assert not (part / "rows.jsonl").exists()
+    run_to_end(answering, part, **OPTIONS, temperature=temperature, engine=small)
     assert (part / "rows.jsonl").read_bytes() == whole
     assert (part / "done.jsonl").read_bytes() == records
 

@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 
-from aspo.data import append_row, load_rows, row_name, validate_rows
-from aspo.folder import ROWS_FILE, append_line, image_entries, load_images, read_lines
+from aspo import shards
+from aspo.data import load_rows, row_name, validate_rows
+from aspo.folder import ROWS_FILE, image_entries, load_images, row_line
 from aspo.model import resolve_device
+from aspo.negatives.autoencoder import train_autoencoder
 from aspo.negatives.embeddings import Embeddings, image_key
-from aspo.negatives.pictures import plot_latents
 from aspo.negatives.report import PICKS_FILE, SAE_FILE, measure, summary
-from aspo.negatives.sae import BilinearSae, Deviations, SaeConfig, latent_examples, load_sae, save_sae, train_sae
+from aspo.negatives.sae import Deviations, load_sae
 from aspo.negatives.sources import (
     MAKERS,
     METHODS,
@@ -38,11 +39,11 @@ from aspo.negatives.sources import (
     rows_at_a_time,
 )
 from aspo.resume import check_settings, write_json
-from aspo.scorers import Scorer, load_scorer
-from aspo.scores import progress_bar
+from aspo.scorers import LazyScorer, Scorer, load_scorer
 from aspo.validate import IMAGE_PLACEHOLDER
 
 SETTINGS_FILE = "settings.json"
+JOB = "negatives"  # the name of its shards
 READ_BY = {  # option -> the methods that read it; the others may always be given (pixel_mean tells of the model)
     "duplicate": POOLED,
     **dict.fromkeys(("candidates", "beta_div", "temperature", "latents", "sae_steps"), ("misp",)),
@@ -60,20 +61,22 @@ def add_negatives(
     scorer: Scorer | None = None,
     pool: Pool | None = None,
     device: torch.device | str = "cpu",
+    engine: shards.Engine | None = None,
 ) -> dict[str, Any]:
-    """Append the rows with their negatives to `out` (those that are there are kept); returns what selection.json holds.
+    """The rows with their negatives in `out`; returns what selection.json holds.
 
     Args:
         rows: preference rows with distinct ids. Rows without an image, or with several, get no negatives.
         scorer: a CLIP; needed for "misp" and "hard", otherwise for the figures and to keep near duplicates out.
         pool: see `aspo.negatives.sources.read_pool`; for "misp", "random" and "hard". It may hold the rows' own images.
         device: where the autoencoder is trained and images are picked; the scorer has its own.
+        engine: who encodes images and makes the shards; all processes call this together. None = these processes.
 
     Raises:
         ValueError: a row that has negatives already, a pool that is too small, an image that cannot be read, features
-            that are not finite. What was written before stays.
+            that are not finite. Shards that were written before stay.
     """
-    out = Path(out)
+    out, engine = Path(out), engine or shards.Engine(shards.Processes.current())
     if pool is not None and len(pool.keys) < options.count and options.method in POOLED:
         raise ValueError(
             f"{options.count} negatives a row were asked, but the pool has {len(pool.keys)} distinct images: use a "
@@ -83,109 +86,91 @@ def add_negatives(
         if image_entries(row, "negative_images"):
             raise ValueError(f"{row_name(row)}: it has negative_images already; start from the rows without them")
     embeddings = None if scorer is None else Embeddings(out / "embeddings", scorer)
-    if options.method in POOLED:
-        assert pool is not None
-        _add_from_pool(rows, out, options, embeddings, pool, device)
-    else:
-        _add_from_own_image(rows, out, options)
-    return measure(out, options, embeddings, pool)
+    if not shards.check_older(out, JOB, ROWS_FILE, [str(row["id"]) for row in rows]):
+        decides = asdict(options) | {"scorer": None if scorer is None else scorer.identity}
+        if options.method in POOLED:
+            assert pool is not None
+            job = _job_of_pool(rows, out, options, decides, embeddings, pool, device, engine)
+        else:
+            job = _job_of_own_images(rows, out, options, decides)
+        shards.run_job(job, engine)
+    return measure(out, options, embeddings, pool, engine)
 
 
-def _add_from_own_image(rows: Sequence[Row], out: Path, options: Options) -> None:
-    written = _written(out)
-    with progress_bar() as bar:
-        for row in bar.track(rows, description=f"making {options.method} negatives"):
-            if row["id"] not in written:
-                image = load_images(row) if len(image_entries(row)) == 1 else []
-                _append(out, row, MAKERS[options.method](row, image[0], options) if image else None)
+def _job_of_own_images(rows: Sequence[Row], out: Path, options: Options, decides: Mapping[str, Any]) -> shards.Job:
+    def make(batch: Sequence[Row], start: int) -> dict[str, list[str]]:
+        (row,) = batch
+        image = load_images(row) if len(image_entries(row)) == 1 else []
+        return _lines(out, row, MAKERS[options.method](row, image[0], options) if image else None)
+
+    return shards.Job(out, JOB, rows, decides, lambda: make, 1, title=f"making {options.method} negatives")
 
 
-def _add_from_pool(
+def _job_of_pool(
     rows: Sequence[Row],
     out: Path,
     options: Options,
+    decides: dict[str, Any],
     embeddings: Embeddings | None,
     pool: Pool,
     device: torch.device | str,
-) -> None:
+    engine: shards.Engine,
+) -> shards.Job:
+    """Features are made first, by all processes; the autoencoder by one, while the others wait."""
     places = [n for n in range(len(rows)) if len(image_entries(rows[n])) == 1]
     own = [image_entries(rows[n])[0] for n in places]
-    keys = [image_key(entry) for entry in own]
+    keys = engine.processes.share(len(own), lambda k: image_key(own[k]))
     right = prompts = sae = None
+    decides = decides | {"pool": pool.digest}
     if embeddings is not None:
-        with progress_bar() as bar:
-            task = bar.add_task("CLIP features", total=len(keys) + len(pool.keys))
-            right = embeddings.images(keys, own, progress=lambda n: bar.advance(task, n)).to(device)
-            found = embeddings.images(pool.keys, pool.entries, progress=lambda n: bar.advance(task, n)).to(device)
+        embeddings.fill_images(engine, keys + pool.keys, own + pool.entries)
+        right = embeddings.images(keys, own).to(device) if own else None
+        found = embeddings.images(pool.keys, pool.entries).to(device)
         pool = Pool(pool.keys, pool.entries, pool.scenes, found)
         if options.method == "misp" and places:
-            prompts = embeddings.texts([prompt_text(rows[n]["prompt"]) for n in places]).to(device)
+            assert right is not None
+            texts = [prompt_text(rows[n]["prompt"]) for n in places]
+            embeddings.fill_texts(engine, texts)
+            prompts = embeddings.texts(texts).to(device)
             data, ids = Deviations(right, prompts, found), [rows[n]["id"] for n in places]
-            sae = _autoencoder(out, options, data, embeddings.scorer.identity, ids, own, pool)
-    written = _written(out)
+            about = (out, options, data, embeddings.scorer.identity, ids, own, pool)
+            engine.processes.once("it trains the autoencoder", lambda: train_autoencoder(*about, _begun(out)))
+            sae = load_sae(out / SAE_FILE, data.pool.device)[0]
+            decides["autoencoder"] = hashlib.sha256((out / SAE_FILE).read_bytes()).hexdigest()
     position = {n: k for k, n in enumerate(places)}
-    step = rows_at_a_time(options, 1 if pool.features is None else pool.features.shape[1], len(pool.keys))
-    with progress_bar() as bar:
-        task = bar.add_task("picking negatives", total=len(rows))
-        for start in range(0, len(rows), step):
-            batch = [rows[n] for n in range(start, min(start + step, len(rows)))]
-            if any(row["id"] not in written for row in batch):
-                at = [position[start + n] for n in range(len(batch)) if start + n in position]
-                asked = [rows[places[k]] for k in at]
-                features = None if right is None else right[at]
-                words = None if prompts is None else prompts[at]
-                picked = pick_from_pool(asked, [keys[k] for k in at], features, words, pool, options, sae)
-                by_id = {row["id"]: negatives for row, negatives in zip(asked, picked, strict=True)}
-                for row in batch:
-                    if row["id"] not in written:
-                        _append(out, row, by_id.get(row["id"]))
-            bar.advance(task, len(batch))
+
+    def make(batch: Sequence[Row], start: int) -> dict[str, list[str]]:
+        at = [position[start + n] for n in range(len(batch)) if start + n in position]
+        asked = [rows[places[k]] for k in at]
+        features = None if right is None else right[at]
+        words = None if prompts is None else prompts[at]
+        picked = pick_from_pool(asked, [keys[k] for k in at], features, words, pool, options, sae)
+        by_id = {row["id"]: negatives for row, negatives in zip(asked, picked, strict=True)}
+        made: dict[str, list[str]] = {}
+        for row in batch:
+            for file, lines in _lines(out, row, by_id.get(row["id"])).items():
+                made.setdefault(file, []).extend(lines)
+        return made
+
+    size = rows_at_a_time(options, 1 if pool.features is None else pool.features.shape[1], len(pool.keys))
+    return shards.Job(out, JOB, rows, decides, lambda: make, size, title="picking negatives")
 
 
-def _autoencoder(
-    out: Path, options: Options, data: Deviations, scorer: str, ids: Sequence[str], own: Sequence[Any], pool: Pool
-) -> BilinearSae:
-    """The autoencoder that is in `out`, or a new one with its latents listed and pictured."""
-    path = out / SAE_FILE
-    config = SaeConfig(data.right.shape[1], data.text.shape[1], options.latents)
-    origin = {"scorer": scorer, "pool": pool.digest, "steps": options.sae_steps, "seed": options.seed}
-    origin["rows"] = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
-    if path.exists():
-        sae, about = load_sae(path, data.pool.device)
-        if sae.config == config and about.items() >= origin.items():
-            return sae
-        if _written(out):
-            raise ValueError(
-                f"the rows in {out} have negatives of an autoencoder that was trained on other rows (another --limit, "
-                "or other data) or with another scorer; use the same, or another --out"
-            )
-    with progress_bar() as bar:
-        task = bar.add_task("training the autoencoder", total=options.sae_steps)
-        sae, figures = train_sae(
-            data, config, steps=options.sae_steps, seed=options.seed, progress=lambda n: bar.advance(task, n)
-        )
-    latents = latent_examples(sae, data, seed=options.seed)
-    plot_latents(latents, own, pool.entries, out / "latents.png")
-    for example in (example for latent in latents for example in latent["top"]):
-        example |= {"row": ids[example["row"]], "image": pool.keys[example["image"]]}
-    write_json(out / "latents.json", latents)
-    save_sae(sae, path, {**origin, "figures": figures})
-    return sae
-
-
-def _append(out: Path, row: Row, negatives: Negatives | None) -> None:
-    made = dict(row)
+def _lines(out: Path, row: Row, negatives: Negatives | None) -> dict[str, list[str]]:
+    """A row with its negatives, as lines of the folder's files."""
+    made, lines = dict(row), {}
     if negatives is not None:
         made["negative_images"] = negatives.images
         made["negative_log_q"], made["negative_scenes"] = negatives.log_q, negatives.scenes
         if not math.isnan(negatives.diversity_range):
             line = {"id": row["id"], "diversity_range": negatives.diversity_range}
-            append_line(out / PICKS_FILE, json.dumps(line) + "\n")
-    append_row(out, made)
+            lines[PICKS_FILE] = [json.dumps(line) + "\n"]
+    return {**lines, ROWS_FILE: [row_line(out, made)]}
 
 
-def _written(out: Path) -> set[str]:
-    return {line["id"] for line in read_lines(out / ROWS_FILE)}
+def _begun(out: Path) -> bool:
+    """Whether rows were made."""
+    return (out / ROWS_FILE).exists() or any((out / shards.SHARDS_FOLDER / JOB).glob("*.jsonl"))
 
 
 def prompt_text(prompt: Any) -> str:
@@ -241,6 +226,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pixel-mean", type=float, nargs=3, help="noise: of the model's image processor (default: CLIP's)"
     )
     own.add_argument("--pixel-std", type=float, nargs=3, help="noise: of the model's image processor (default: CLIP's)")
+    shards.add_arguments(parser)
 
 
 def read_options(args: argparse.Namespace) -> Options:
@@ -270,6 +256,7 @@ def read_options(args: argparse.Namespace) -> Options:
 def run(args: argparse.Namespace) -> int:
     """Run `aspo negatives`."""
     options = read_options(args)
+    engine = shards.Engine.of(args)
     rows = load_rows(args.data, limit=args.limit, image_root=args.image_root)
     validate_rows(rows)
     twice = [name for name, count in Counter(rows["id"]).items() if count > 1]
@@ -282,9 +269,12 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     settings = {name: getattr(args, name) for name in ("data", "image_root", "scorer")} | asdict(options)
     settings |= {"pool": None if pool is None else pool.digest}
-    if (out / ROWS_FILE).exists():
+    if _begun(out):
         check_settings(out / SETTINGS_FILE, settings, "aspo negatives", "rows")
-    write_json(out / SETTINGS_FILE, settings)
-    scorer = None if args.scorer is None else load_scorer(args.scorer, args.device)
-    print(summary(add_negatives(rows, out, options, scorer=scorer, pool=pool, device=resolve_device(args.device)), out))
+    engine.processes.once("", lambda: write_json(out / SETTINGS_FILE, settings))
+    device = engine.processes.device_for(args.device)
+    scorer = None if args.scorer is None else LazyScorer(load_scorer, args.scorer, device)
+    made = add_negatives(rows, out, options, scorer=scorer, pool=pool, device=resolve_device(device), engine=engine)
+    if engine.processes.main:
+        print(summary(made, out))
     return 0

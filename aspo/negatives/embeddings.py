@@ -10,13 +10,17 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from aspo.folder import image_bytes, load_images
+from aspo.progress import progress_bar
 from aspo.scorers import Scorer
+from aspo.shards import Engine
+from aspo.shards.files import write_atomic
 
-SHARD = 2048  # features in a file; a kill loses at most so many
+SHARD = 2048  # features in a file at most
+BLOCK = 256  # features that one process makes at a time, where several do; a kill loses at most so many
 
 
 def image_key(entry: Any, root: str | Path | None = None) -> str:
@@ -28,6 +32,14 @@ def image_key(entry: Any, root: str | Path | None = None) -> str:
         raise ValueError(
             f"image {name} cannot be read: {error.strerror or error}; restore it or drop its row"
         ) from error
+
+
+def text_key(text: str) -> str:
+    """The key of a text."""
+    return "text-" + hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+_HowTo = tuple[Callable[[int], str], Callable[[list[int]], Tensor]]  # names the n-th; encodes those
 
 
 class Embeddings:
@@ -42,11 +54,18 @@ class Embeddings:
         folder.mkdir(parents=True, exist_ok=True)
         self._features: dict[str, Tensor] = {}
         self._fresh: list[str] = []
-        for path in sorted(folder.glob("*.safetensors")):
+        self.reload()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Embeddings, (self.folder, self.scorer, self.batch_size)
+
+    def reload(self) -> None:
+        """Read what is in the folder, other processes' features too."""
+        for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 with safe_open(path, "pt") as shard:
                     about = shard.metadata() or {}
-                    if about.get("scorer") == scorer.identity:
+                    if about.get("scorer") == self.scorer.identity:
                         self._features.update(zip(about["keys"].split(), shard.get_tensor("features"), strict=True))
             except (SafetensorError, KeyError, ValueError) as error:
                 raise ValueError(f"{path} is no file of features: {error}; delete it") from error
@@ -59,20 +78,64 @@ class Embeddings:
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
         """(n, d) fp32, unit norm, in the order of `keys` (see `image_key`), which name `entries`."""
-
-        def encode(chosen: list[int]) -> Tensor:
-            return self.scorer.image_features([_decoded(entries[n], root) for n in chosen])
-
-        return self._get(keys, lambda n: f"image {_name(entries[n])}", encode, progress)
+        return self._get(keys, *self._of_images(entries, root), progress)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """(n, d) fp32, unit norm; a text longer than the tower takes is the mean of its windows, normalised."""
-        keys = ["text-" + hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts]
+        return self._get([text_key(text) for text in texts], *self._of_texts(texts), None)
 
+    def fill_images(
+        self,
+        engine: Engine,
+        keys: Sequence[str],
+        entries: Sequence[Any],
+        root: str | Path | None = None,
+        title: str = "CLIP features",
+    ) -> None:
+        """Make the features that are missing, shared out among all processes, which call this together."""
+        self._fill(engine, keys, lambda: self._of_images(entries, root), title)
+
+    def fill_texts(self, engine: Engine, texts: Sequence[str]) -> None:
+        """As `fill_images`."""
+        self._fill(engine, [text_key(text) for text in texts], lambda: self._of_texts(texts), "features of prompts")
+
+    def _fill(self, engine: Engine, keys: Sequence[str], of: Callable[[], _HowTo], title: str) -> None:
+        """Blocks are cut from all keys, missing or not: so they, and with them the batches, stay what they are."""
+        first = {key: n for n, key in reversed(list(enumerate(keys)))}
+        distinct = sorted(first.values())
+        blocks = [distinct[start : start + BLOCK] for start in range(0, len(distinct), BLOCK)]
+        missing = [b for b, block in enumerate(blocks) if any(keys[n] not in self._features for n in block)]
+
+        def work(b: int, told: Callable[[int], None]) -> None:
+            name, encode = of()
+            block = blocks[b]
+            self._get(
+                [keys[n] for n in block],
+                lambda n: name(block[n]),
+                lambda chosen: encode([block[n] for n in chosen]),
+                told,
+            )
+
+        engine.processes.gather(None)  # all have read the same folder
+        bar = progress_bar()
+        bar.disable = not (engine.processes.main and missing)
+        with bar:
+            task = bar.add_task(title, total=None)
+            engine.spread(missing, lambda: work, lambda n: bar.advance(task, n))
+        engine.processes.gather(None)
+        self.reload()
+
+    def _of_images(self, entries: Sequence[Any], root: str | Path | None) -> _HowTo:
+        def encode(chosen: list[int]) -> Tensor:
+            return self.scorer.image_features([_decoded(entries[n], root) for n in chosen])
+
+        return lambda n: f"image {_name(entries[n])}", encode
+
+    def _of_texts(self, texts: Sequence[str]) -> _HowTo:
         def encode(chosen: list[int]) -> Tensor:
             return torch.nn.functional.normalize(self.scorer.text_features([texts[n] for n in chosen]), dim=-1)
 
-        return self._get(keys, lambda n: f"prompt {texts[n][:60]!r}", encode, None)
+        return lambda n: f"prompt {texts[n][:60]!r}", encode
 
     def _get(
         self,
@@ -108,10 +171,8 @@ class Embeddings:
             return
         keys = " ".join(self._fresh)
         path = self.folder / f"{hashlib.sha256(keys.encode()).hexdigest()[:24]}.safetensors"
-        partial = path.with_name(path.name + ".partial")
         features = torch.stack([self._features[key] for key in self._fresh])
-        save_file({"features": features}, partial, {"scorer": self.scorer.identity, "keys": keys})
-        partial.replace(path)
+        write_atomic(path, [save({"features": features}, {"scorer": self.scorer.identity, "keys": keys})])
         self._fresh = []
 
 

@@ -20,26 +20,57 @@ from aspo.negatives.sae import load_sae
 from aspo.negatives.selection import LOW_RANGE
 from aspo.negatives.sources import POOLED, Options, Pool
 from aspo.resume import write_json
-from aspo.scores import progress_bar
+from aspo.shards import Engine
 
 FIGURES_FILE, PICKS_FILE, SAE_FILE = "selection.json", "picks.jsonl", "sae.safetensors"
 WITHOUT = {0: "the row has no image", 2: "the row has several images, and a negative would replace them all"}
 Row = Mapping[str, Any]
 
 
-def measure(out: Path, options: Options, embeddings: Embeddings | None, pool: Pool | None) -> dict[str, Any]:
-    """selection.json and the pictures, from what is written in `out`."""
+def measure(
+    out: Path, options: Options, embeddings: Embeddings | None, pool: Pool | None, engine: Engine
+) -> dict[str, Any]:
+    """selection.json and the pictures, from what is written in `out`.
+
+    All processes call this together: they share the images that have no features yet; the first one does the rest.
+    """
     rows = list(read_lines(out / ROWS_FILE))
     chosen = [row for row in rows if row.get("negative_images")]
+    flat = [entry for row in chosen for entry in row["negative_images"]]
+    keys = engine.processes.share(len(flat), lambda n: image_key(flat[n], out))
+    own = [row["images"][0] for row in chosen]
+    own_keys = engine.processes.share(len(own), lambda n: image_key(own[n], out))
+    features = None
+    if embeddings is not None and chosen:
+        embeddings.fill_images(engine, own_keys + keys, own + flat, out, title="measuring")
+        of_negatives = embeddings.images(keys, flat, out).unflatten(0, (len(chosen), -1))
+        features = embeddings.images(own_keys, own, out), of_negatives
+    of_flat = iter(keys)
+    by_row = [[next(of_flat) for _ in row["negative_images"]] for row in chosen]
+    scorer = None if embeddings is None else embeddings.scorer.identity
+    return engine.processes.once(
+        "it measures the negatives", lambda: _report(out, options, rows, by_row, features, scorer, pool)
+    )
+
+
+def _report(
+    out: Path,
+    options: Options,
+    rows: Sequence[Row],
+    keys: Sequence[Sequence[str]],
+    features: tuple[Tensor, Tensor] | None,
+    scorer: str | None,
+    pool: Pool | None,
+) -> dict[str, Any]:
+    """features: of the right images (n, d) and of the negatives (n, N, d) of the rows that have some."""
+    chosen = [row for row in rows if row.get("negative_images")]
     without = Counter(WITHOUT[min(2, len(image_entries(row)))] for row in rows if not row.get("negative_images"))
-    keys = [[image_key(entry, out) for entry in row["negative_images"]] for row in chosen]
     figures: dict[str, Any] = {name: mean._asdict() for name, mean in truth_figures(chosen).items()}
     if options.method in POOLED:
         figures |= reuse_figures(keys)
-    if embeddings is not None and chosen:
-        right, negatives = _features(chosen, keys, out, embeddings)
-        figures |= {name: mean._asdict() for name, mean in similarity_figures(right, negatives).items()}
-        plot_projection(right, negatives, out / "projection.png", f"{options.method} negatives")
+    if features is not None:
+        figures |= {name: mean._asdict() for name, mean in similarity_figures(*features).items()}
+        plot_projection(*features, out / "projection.png", f"{options.method} negatives")
     if chosen:
         plot_grid(chosen, out, out / "grid.png", f"{options.method} negatives")
     if options.method == "misp" and chosen:
@@ -56,7 +87,7 @@ def measure(out: Path, options: Options, embeddings: Embeddings | None, pool: Po
                 )
     report = {
         "options": asdict(options),
-        "scorer": None if embeddings is None else embeddings.scorer.identity,
+        "scorer": scorer,
         "pool": None if pool is None else len(pool.keys),
         "rows": len(chosen),
         "without_negatives": dict(without),
@@ -64,20 +95,6 @@ def measure(out: Path, options: Options, embeddings: Embeddings | None, pool: Po
     }
     write_json(out / FIGURES_FILE, report)
     return report
-
-
-def _features(
-    rows: Sequence[Row], keys: Sequence[Sequence[str]], out: Path, embeddings: Embeddings
-) -> tuple[Tensor, Tensor]:
-    """Features of the right images (n, d) and of the negatives (n, N, d)."""
-    own = [row["images"][0] for row in rows]
-    flat = [entry for row in rows for entry in row["negative_images"]]
-    with progress_bar() as bar:
-        task = bar.add_task("measuring", total=len(own) + len(flat))
-        right = embeddings.images([image_key(e, out) for e in own], own, out, lambda n: bar.advance(task, n))
-        every = [key for of_row in keys for key in of_row]
-        negatives = embeddings.images(every, flat, out, lambda n: bar.advance(task, n))
-    return right, negatives.unflatten(0, (len(rows), -1))
 
 
 def summary(report: Mapping[str, Any], out: Path) -> str:

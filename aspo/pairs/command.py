@@ -1,30 +1,32 @@
 """`aspo pairs`: preference pairs made with the model itself, by one of several methods (`aspo.pairs`).
 
-Rows go through a method batch by batch. What it makes is appended to rows.jsonl, and each row of --data that is done to
-done.jsonl, so that a stopped run goes on where it was; a batch is always the same rows by their place, so that it then
-gives what an uninterrupted run gives.
+Rows go through a method batch by batch, in shards (`aspo.shards`). A batch is always the same rows by their place, so
+that any number of processes, stopped or not, gives what one gives. rows.jsonl gets what the method makes, done.jsonl a
+record of every row of --data.
 """
 
 import argparse
+import functools
 import importlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from aspo.data import append_row, load_rows, row_name, validate_rows
-from aspo.folder import ROWS_FILE, append_line, image_entries, read_lines
+from aspo import shards
+from aspo.data import load_rows, row_name, validate_rows
+from aspo.folder import ROWS_FILE, image_entries, read_lines, row_line
 from aspo.model import load_model
 from aspo.pairs import MADE, METHODS, Make, Row, seva
 from aspo.pairs.noise import NOISE_STEPS, add_noise, image_seeds, noise_schedule
 from aspo.pairs.seva import DROPPED, answer_pairs, judge
 from aspo.resume import check_settings, write_json
-from aspo.scores import progress_bar
 
 DONE_FILE, SETTINGS_FILE = "done.jsonl", "settings.json"
+JOB = "pairs"  # the name of its shards
 BOUNDS: dict[str, tuple[float, float | None]] = {  # option -> least and greatest value
     "noise_step": (0, NOISE_STEPS - 1),
     "max_new_tokens": (1, None),
@@ -39,32 +41,20 @@ BOUNDS: dict[str, tuple[float, float | None]] = {  # option -> least and greates
 NEGATIVES = ("crop", "noise", "random", "hard", "misp")
 
 
-def run_method(
-    make: Make,
-    rows: Sequence[Row],
-    out: Path,
-    *,
-    batch_size: int = 16,
-    progress: Callable[[int], None] | None = None,
-) -> None:
-    """Make what `out` has no record of, batch by batch; rows and records are appended as they are made."""
-    status = recorded(out)
-    written = {line["id"] for line in read_lines(out / ROWS_FILE)}
-    for start in range(0, len(rows), batch_size):
-        batch = [dict(rows[i]) for i in range(start, min(start + batch_size, len(rows)))]
-        if any(row["id"] not in status for row in batch):
-            for row, made in zip(batch, make(batch, start), strict=True):
-                if row["id"] in status:
-                    continue
-                for new in made.rows:
-                    if new["id"] not in written:
-                        append_row(out, new)
-                record = {"id": row["id"], "status": made.status}
-                if made.counts:
-                    record["counts"] = dict(made.counts)
-                append_line(out / DONE_FILE, json.dumps(record) + "\n")
-        if progress is not None:
-            progress(len(batch))
+def lines_of(make: Make, out: Path) -> shards.Make:
+    """A method's batches as lines of rows.jsonl and of done.jsonl."""
+
+    def lines(batch: Sequence[Row], start: int) -> dict[str, list[str]]:
+        rows, records = [], []
+        for row, made in zip(batch, make(batch, start), strict=True):
+            rows += [row_line(out, new) for new in made.rows]
+            record = {"id": row["id"], "status": made.status}
+            if made.counts:
+                record["counts"] = dict(made.counts)
+            records.append(json.dumps(record) + "\n")
+        return {DONE_FILE: records, ROWS_FILE: rows}
+
+    return lines
 
 
 def make_pairs(
@@ -75,13 +65,17 @@ def make_pairs(
     *,
     batch_size: int = 16,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    engine: shards.Engine | None = None,
     **options: Any,
 ) -> None:
-    """SeVa's pairs of all rows in `out`; `options` as in `answer_pairs`."""
+    """SeVa's pairs of all rows in `out`; options: as of `answer_pairs`. engine: None = these processes."""
     settings = {**seva.OPTIONS, "seed": seed, "batch_size": batch_size, **options}
-    make = seva.maker(settings, lambda: (model, processor))
-    run_method(make, rows, out, batch_size=batch_size, progress=progress)
+
+    def load() -> shards.Make:
+        return lines_of(seva.maker(settings, lambda: (model, processor)), out)
+
+    job = shards.Job(out, JOB, rows, {"method": "seva", **settings}, load, batch_size, title="answering")
+    shards.run_job(job, engine or shards.Engine(shards.Processes.current()))
 
 
 def recorded(out: Path) -> dict[str, str]:
@@ -157,9 +151,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--engine", help="csr, sentinel: what generates, transformers (default), or vllm where it is installed")
     add("--dtype", help="float32, bfloat16, float16 or auto (default: float32)")
     add("--device", help="torch device (default: the accelerator if there is one, else cpu)")
+    shards.add_arguments(parser)
 
 
-COMMON = ("method", "model", "data", "out", "limit", "image_root", "seed")  # `aspo run` gives them to every method
+COMMON = ("method", "model", "data", "out", "limit", "image_root", "seed", *shards.ARGUMENTS)
+"""Options that any method is given: by `aspo run`, or because they do not change what is made."""
 
 
 def method_options(args: argparse.Namespace, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,6 +181,7 @@ def run(args: argparse.Namespace) -> int:
     options = method_options(args, method.OPTIONS)
     if args.method in NEGATIVES:
         return method.run(args)
+    engine = shards.Engine.of(args)
     rows = load_rows(args.data, kind="prompt", limit=args.limit, image_root=args.image_root)
     validate_rows(rows, "prompt")
     _check_ids(rows)
@@ -193,17 +190,24 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"none of the {len(rows)} rows of {args.data} has an image; --method {args.method} needs them")
     out = Path(args.out)
     settings = _check_settings(args, options, out)
-    ids = set(rows["id"])
-    if not ids <= recorded(out).keys():
-        make = method.maker(options, lambda: load_model(options["model"], options["dtype"], device=options["device"]))
-        write_json(out / SETTINGS_FILE, settings)
-        with progress_bar() as bar:
-            task = bar.add_task("answering", total=len(rows))
-            run_method(
-                make, rows, out, batch_size=options.get("batch_size", 256), progress=lambda n: bar.advance(task, n)
-            )
+    if "device" in options:
+        options["device"] = engine.processes.device_for(options["device"])
+
+    def load() -> shards.Make:
+        made_by = method.maker(
+            options, lambda: load_model(options["model"], options["dtype"], device=options["device"])
+        )
+        return lines_of(made_by, out)
+
+    older = DONE_FILE if (out / DONE_FILE).exists() else ROWS_FILE
+    if not shards.check_older(out, JOB, older, rows["id"]):
+        decides = {"method": args.method} | {name: value for name, value in options.items() if name != "device"}
+        size = options.get("batch_size", 256)
+        begin = functools.partial(write_json, out / SETTINGS_FILE, settings)
+        shards.run_job(shards.Job(out, JOB, rows, decides, load, size, title="answering", begin=begin), engine)
     status = recorded(out)
-    print(summary(status, out, method.DROPPED, method.NOUNS))
+    if engine.processes.main:
+        print(summary(status, out, method.DROPPED, method.NOUNS))
     if MADE not in status.values():
         raise ValueError(f"no pair was made of {len(status)} {method.NOUNS[1]}; the list above says why")
     return 0
@@ -225,7 +229,7 @@ def _check_settings(args: argparse.Namespace, options: Mapping[str, Any], out: P
     settings = given | {name: value for name, value in options.items() if name != "device"}
     if args.method != "seva":  # whose settings were written before there were others
         settings = {"method": args.method, **settings}
-    if (out / ROWS_FILE).exists() or (out / DONE_FILE).exists():
+    if any((out / name).exists() for name in (ROWS_FILE, DONE_FILE, shards.SHARDS_FOLDER)):
         seva_too = {"method": "seva", **settings}
         check_settings(out / SETTINGS_FILE, seva_too, "aspo pairs", "rows", before_all={"method": "seva"})
     return settings

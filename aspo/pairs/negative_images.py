@@ -8,6 +8,7 @@ from pathlib import Path
 
 from aspo.data import load_rows, row_name
 from aspo.pairs import Row
+from aspo.shards import ARGUMENTS
 
 OF_NEGATIVES = ("count", "scorer", "pool")
 OF_PAIRS = ("max_new_tokens", "temperature", "batch_size", "dtype")
@@ -31,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
     folder = str(Path(args.out) / PAIRS_FOLDER)
     source = {"data": args.data, "limit": args.limit, "image_root": args.image_root}
     options = {"data": folder} if prompts else source
-    options |= {name: getattr(args, name) for name in ("method", "out", "seed", "device", *OF_NEGATIVES)}
+    of_both = ("method", "out", "seed", "device", *OF_NEGATIVES, *ARGUMENTS)
+    options |= {name: getattr(args, name) for name in of_both}
     if args.method == "noise":
         options["noise_step"] = args.noise_step
     flags = [("--" + name.replace("_", "-"), str(value)) for name, value in options.items() if value is not None]
