@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,8 @@ UNSUPPORTED = {
     "label_names": "the collator fixes what the loss reads",
     "bf16_full_eval": "it would convert the policy but not its reference; use bf16",
     "fp16_full_eval": "it would convert the policy but not its reference; use fp16",
-    "deepspeed": "only one process is supported so far",
-    "fsdp": "only one process is supported so far",
-    "parallelism_config": "only one process is supported so far",
+    "parallelism_config": "the trainer is parallel over pairs; a sequence or a vocabulary is cut by the functions of "
+    "docs/parallel.md",
 }
 
 
@@ -160,8 +158,6 @@ class AspoConfig(ObjectiveOptions, TrainingArguments):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self.loss_type = [TRL_NAMES.get(name, name) for name in self.loss_type]
-        if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:  # before torch waits for them to meet
-            raise ValueError(f"training on {processes} processes is not supported yet: start one, without a launcher")
         super().__post_init__()
         self.dataloader_pin_memory &= torch.accelerator.is_available() and not self.use_cpu  # else torch warns
         if self.use_liger_kernel:  # for the body alone: its loss would be another one, and is never run
@@ -169,8 +165,11 @@ class AspoConfig(ObjectiveOptions, TrainingArguments):
         self._refuse_unsupported()
         accelerator: Any = self.accelerator_config
         if accelerator.dispatch_batches:
-            raise ValueError("accelerator_config.dispatch_batches is on, but one process reads all rows: turn it off")
+            raise ValueError("accelerator_config.dispatch_batches is on, but every process reads its rows: turn it off")
         accelerator.dispatch_batches = False  # accelerate would cut every tensor of a stream's batch along dim 0
+        if accelerator.split_batches:
+            raise ValueError("accelerator_config.split_batches is on: give the pairs of one process instead")
+        accelerator.even_batches = False  # it repeats rows; `aspo.even_batches` deals the last ones out
         self.settle_objective()
         self._settle_lora()
 
@@ -181,7 +180,8 @@ class AspoConfig(ObjectiveOptions, TrainingArguments):
                 raise ValueError(f"{name}={value!r} is not supported: {why}")
         if self.n_gpu > 1:
             raise ValueError(
-                f"training on {self.n_gpu} devices is not supported yet: set CUDA_VISIBLE_DEVICES to name one device"
+                f"one process has {self.n_gpu} devices: start one for each (accelerate launch, torchrun), or set "
+                "CUDA_VISIBLE_DEVICES to name one"
             )
         if self.train_sampling_strategy == "batch_rebalance":
             raise ValueError("train_sampling_strategy=batch_rebalance is not supported: use token_budget")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from aspo.columns import KL_COLUMN, PAIRED, columns_of, with_others_responses
+from aspo.even_batches import PLACEHOLDER
 from aspo.folder import append_row, load_images, row_name, write_rows
 from aspo.lengths import Length, consecutive_parts, reading_widths
 from aspo.prompts import (
@@ -76,6 +77,7 @@ class Collator(Reader):
         ref_logps: (N,) float32 in the layout's order, or None.
         sample_weight: (B,) float32, or None.
         ids: list of str.
+        placeholder: True = run it with the others, and let it count for nothing (`aspo.even_batches`).
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class Collator(Reader):
             **columns_of(rows, answers, self.responses),
             "ref_logps": self._reference_logps(rows, answers),
             "ids": [str(row.get("id", "")) for row in rows],
+            PLACEHOLDER: any(row.get(PLACEHOLDER) for row in rows),
         }
 
     def _parts(self, readings: Sequence[Reading]) -> list[Sequence[Reading]]:

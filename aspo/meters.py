@@ -6,6 +6,7 @@ Axes: B pairs, S sentences, R responses.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
+from aspo.processes import summed
 from aspo_kernels import objectives
 from aspo_kernels.aspo import sentence_nll
 from aspo_kernels.segments import segment_sum
@@ -29,6 +31,7 @@ NAMES = {
     "acpo_scale": "acpo/scale",
     "acpo_target": "acpo/target",
 }
+FALLING_WINDOWS = 3  # logging windows in a row with both rewards negative and falling before the warning
 WITH_DEVIATION = ("sentences/weight", "sentences/similarity", "sentences/nll")  # logged as _mean and _std
 
 
@@ -51,22 +54,45 @@ class Meters:
         self._sums[name] = total, square, count
 
     def drain(self) -> dict[str, float]:
-        """The means (and population standard deviations) since the last call; starts anew."""
+        """The means (and population standard deviations) since the last call, over all processes; starts anew."""
         means: dict[str, float] = {}
-        for name, (total, square, counted) in self._sums.items():
-            count = int(counted)
+        sums = {name: [float(x) for x in values] for name, values in self._sums.items()}
+        for name, (total, square, count) in summed(sums).items():
             if not count:  # no item of that kind in the window
                 continue
-            mean = float(total) / count
+            mean = total / count
             if name in WITH_DEVIATION:
                 means[f"{name}_mean"] = mean
-                means[f"{name}_std"] = math.sqrt(max(float(square) / count - mean**2, 0.0))
+                means[f"{name}_std"] = math.sqrt(max(square / count - mean**2, 0.0))
             else:
                 means[name] = mean
         if "sentences/nll_mean" in means:
             means["sentences/perplexity"] = math.exp(min(means["sentences/nll_mean"], 700.0))
         self._sums.clear()
         return means
+
+
+class FallingRewards:
+    """Warns once both rewards have been negative and falling for FALLING_WINDOWS logging windows."""
+
+    def __init__(self) -> None:
+        self._before: tuple[float, float] | None = None
+        self._windows = 0
+
+    def look(self, logs: Mapping[str, float]) -> None:
+        """At a window's means; those without rewards say nothing."""
+        if not {"rewards/chosen", "rewards/rejected"} <= logs.keys():
+            return
+        now = logs["rewards/chosen"], logs["rewards/rejected"]
+        before, self._before = self._before, now
+        falling = before is not None and all(n < min(b, 0.0) for n, b in zip(now, before, strict=True))
+        self._windows = self._windows + 1 if falling else 0
+        if self._windows == FALLING_WINDOWS:
+            warnings.warn(
+                f"both rewards are negative and falling (chosen {now[0]:+.3f}, rejected {now[1]:+.3f}): the model "
+                "makes its chosen answers less likely too. Lower learning_rate, raise beta, or add sft to loss_type.",
+                stacklevel=3,
+            )
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import is_bitsandbytes_available
 
 from aspo.data import Collator
+from aspo.processes import inside
 from aspo_kernels import SentenceLayout, TokenKL, gather_hidden, linear_logps, linear_logps_pair, linear_token_kl
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -211,13 +212,17 @@ class HeadParams:
         return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
 
 
+def head_module(model: nn.Module) -> Any:
+    """The module that holds the output head; `aspo.processes.inside` it, its weight is whole."""
+    return base_model(model).get_output_embeddings()
+
+
 def output_head(model: nn.Module) -> HeadParams:
     """The output head of a model; `check_head` proves that it is read rightly.
 
     Raises ValueError where an adapter sits on the head, or the head is no plain linear layer.
     """
-    outer = base_model(model)
-    head = outer.get_output_embeddings()
+    outer, head = base_model(model), head_module(model)
     if isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper):
         raise ValueError(
             f"an adapter ({type(head).__name__}) sits on the output head, which is not supported: leave the head's "
@@ -232,17 +237,17 @@ def output_head(model: nn.Module) -> HeadParams:
 
 
 @torch.no_grad()
-def check_head(model: nn.Module, model_inputs: Mapping[str, Any]) -> float:
+def check_head(model: nn.Module, model_inputs: Mapping[str, Any], wrapped: nn.Module | None = None) -> float:
     """Compare hidden states + head with the model's own logits at the last position of each row.
+
+    wrapped: how the model is called, where that is not as it is (DDP, FSDP, DeepSpeed).
 
     Returns the largest difference, relative to the largest logit. Raises ValueError above `MAX_HEAD_ERROR`: the model
     does something between its trunk and its logits that `output_head` does not know, and training would be wrong.
     """
-    head = output_head(model)
-    z = trunk_hidden(model, model_inputs)[:, -1].float() @ head.weight.float().T
-    z = head.logit_scale * (z if head.bias is None else z + head.bias.float())
-    z = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
-    own = base_model(model)(**model_inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+    called = model if wrapped is None else wrapped
+    z = inside(called, lambda: _last_logits(model, model_inputs), inner=model)
+    own = called(**model_inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
     error = float((z - own).abs().max() / own.abs().max().clamp_min(1e-6))
     if not error <= MAX_HEAD_ERROR:
         raise ValueError(
@@ -250,6 +255,16 @@ def check_head(model: nn.Module, model_inputs: Mapping[str, Any]) -> float:
             f"{error:.2g} of the largest logit, so it transforms them in a way that is not supported"
         )
     return error
+
+
+def _last_logits(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor:
+    def from_rows(rows: Tensor) -> Tensor:
+        head = output_head(model)
+        z = rows.float() @ head.weight.float().T
+        z = head.logit_scale * (z if head.bias is None else z + head.bias.float())
+        return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+    return inside(head_module(model), from_rows, trunk_hidden(model, model_inputs)[:, -1])
 
 
 @contextmanager

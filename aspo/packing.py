@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from aspo.even_batches import even, with_placeholders
 from aspo.folder import row_name
 from aspo.lengths import Length, reading_widths, row_lengths
 
@@ -217,6 +218,10 @@ class TokenBatches(Trainer):
             return total
         return max(1, round(total / self._train_batch_size * self._rows_per_batch))
 
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
+        rows = with_placeholders(dataset, self.accelerator.num_processes)
+        return even(super()._get_dataloader(rows, *args, **kwargs), self.args.dataloader_drop_last)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
@@ -256,7 +261,7 @@ class TokenBatches(Trainer):
     def _loader(self, rows: Any, batches: ShuffledBatches) -> DataLoader:
         args = self.args
         loader = DataLoader(
-            rows,
+            with_placeholders(rows, self.accelerator.num_processes),
             batch_sampler=batches,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
@@ -266,4 +271,4 @@ class TokenBatches(Trainer):
             multiprocessing_context=args.dataloader_multiprocessing_context,
             in_order=args.dataloader_in_order,
         )
-        return self.accelerator.prepare(loader)
+        return even(self.accelerator.prepare(loader), drop_last=False)

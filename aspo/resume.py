@@ -16,9 +16,16 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from aspo.processes import summed
+
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
-STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+# What a checkpoint must hold, one of each, as it is written with and without sharding. A folder of torch's distributed
+# checkpoints gets its `.metadata` last.
+WEIGHTS = (
+    *("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0/.metadata", "latest"),
+)
+OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0/.metadata", "latest")  # "latest": DeepSpeed's last file
 
 
 def is_complete(checkpoint: str | Path) -> bool:
@@ -38,6 +45,8 @@ def is_complete(checkpoint: str | Path) -> bool:
         for weights in folder.glob("*.safetensors"):
             with safe_open(weights, framework="pt"):
                 pass
+        if not any((folder / name).is_file() for name in OPTIMIZER):
+            return False
         index = folder / "model.safetensors.index.json"
         if index.is_file():
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -45,7 +54,10 @@ def is_complete(checkpoint: str | Path) -> bool:
                 return False
     except (OSError, ValueError, KeyError, SafetensorError):
         return False
-    return all(zipfile.is_zipfile(folder / name) for name in STATE)
+    states = list(folder.glob("rng_state*.pth"))  # one of each process
+    rest = [folder / name for name in ("optimizer.pt", "optimizer.bin", "pytorch_model_fsdp.bin")]
+    zips = [folder / "scheduler.pt", *states, *(path for path in rest if path.exists())]
+    return bool(states) and all(zipfile.is_zipfile(path) for path in zips)
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
@@ -112,21 +124,24 @@ def check_settings(
 
 
 class Interrupt(TrainerCallback):
-    """While entered, the first Ctrl-C ends training after the step in hand with a checkpoint, a second one at once."""
+    """While entered, the first Ctrl-C or SIGTERM ends training after the step in hand with a checkpoint, a second one
+    at once. Of several processes it is enough that one was told."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.requested = False
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._handle)
+            self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
 
     def _handle(self, _signal: int, _frame: FrameType | None) -> None:
         if self.requested:
@@ -136,6 +151,8 @@ class Interrupt(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
+        if args.world_size > 1:
+            self.requested = bool(summed({"requested": [float(self.requested)]})["requested"][0])
         if self.requested:
             control.should_save = control.should_training_stop = True
         return control

@@ -88,6 +88,10 @@ FREE_ON_RESUME = (
     "dataloader_prefetch",
     "local_rank",
     "ddp_",
+    "fsdp",
+    "deepspeed",
+    "per_device_train",
+    "gradient_accumulation",
     "torch_empty_cache",
 )
 
@@ -198,10 +202,12 @@ def train(config: AspoConfig) -> None:
     eval_rows = _load(config.eval_data, kind) if config.eval_data else None
     path = Path(str(config.output_dir)) / "run.json"
     before = _read_record(path)
+    is_main = config.process_index == 0
     record = run_record(config, rows)
     checkpoint = _checkpoint(config, before, record)
     if checkpoint == FINISHED:
-        print(f"{config.output_dir} is finished; choose another --output_dir to train again", file=sys.stderr)
+        if is_main:
+            print(f"{config.output_dir} is finished; choose another --output_dir to train again", file=sys.stderr)
         return
     model, processor = load_model(
         config.model_name_or_path or "",
@@ -212,17 +218,21 @@ def train(config: AspoConfig) -> None:
     trainer = AspoTrainer(model, config, rows, eval_rows, processor)
     sizes = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
     trainable, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
-    print(
-        f"{' + '.join(config.loss_type)} on {len(rows):,} pairs; {trainable:,} of {total:,} parameters train; "
-        + (f"going on from {checkpoint}" if checkpoint else f"results in {config.output_dir}"),
-        file=sys.stderr,
-    )
+    if is_main:
+        print(
+            f"{' + '.join(config.loss_type)} on {len(rows):,} pairs; {trainable:,} of {total:,} parameters train; "
+            + (f"{config.world_size} processes; " if config.world_size > 1 else "")
+            + (f"going on from {checkpoint}" if checkpoint else f"results in {config.output_dir}"),
+            file=sys.stderr,
+        )
     trainer.remove_callback(ProgressCallback)
     progress = Progress()
     if not config.disable_tqdm:
         trainer.add_callback(progress)
     record["started"] = before["started"] if before and checkpoint else record["started"]
-    write_json(path, record)
+    trainer.accelerator.wait_for_everyone()  # all have read what was there before
+    if is_main:
+        write_json(path, record)
     if checkpoint is None or not trainer.restore_finished(checkpoint):
         with contextlib.closing(progress), Interrupt() as interrupt:
             trainer.add_callback(interrupt)
@@ -231,7 +241,9 @@ def train(config: AspoConfig) -> None:
             raise KeyboardInterrupt
     trainer.save_model()
     trainer.save_state()
-    write_json(path, {**record, "finished": _now(), "steps": trainer.state.global_step})
+    trainer.accelerator.wait_for_everyone()
+    if is_main:
+        write_json(path, {**record, "finished": _now(), "steps": trainer.state.global_step})
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:
@@ -264,11 +276,21 @@ def run_record(config: AspoConfig, rows: Any) -> dict[str, Any]:
         "objective_options": config.objective_options(),
         "pairs": len(rows),
         "pairs_sha256": fingerprint(rows),
+        "step": pairs_per_step(config.to_dict(), config.world_size),
+        "processes": config.world_size,
         "device": str(config.device),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "started": _now(),
         "finished": None,
     }
+
+
+def pairs_per_step(config: Mapping[str, Any], processes: int) -> str:
+    """What an optimiser step takes of the data's order: it must stay for a run to go on, however it is divided."""
+    batches = config["gradient_accumulation_steps"] * processes
+    if config.get("token_budget") is not None:
+        return f"{batches} batches of {config['token_budget']} tokens"
+    return f"{batches * config['per_device_train_batch_size']} pairs"
 
 
 def fingerprint(rows: Any) -> str:
@@ -293,13 +315,15 @@ def _checkpoint(config: AspoConfig, before: Mapping[str, Any] | None, record: Ma
         if found:
             raise ValueError(f"{folder} holds checkpoints of something else (no run.json); choose another --output_dir")
         return None
-    keys = ("model", "dtype", "objective", "pairs_sha256")
+    keys = ("model", "dtype", "objective", "pairs_sha256", "step")
+    before = {"step": pairs_per_step(before["config"], 1), **before}  # older runs were of one process
     changed = differences(before["config"], record["config"], FREE_ON_RESUME)
     changed += differences({key: before[key] for key in keys}, {key: record[key] for key in keys}, ())
     if changed:
         raise ValueError(
             f"{folder} holds a run of other settings ({'; '.join(changed)}): choose another --output_dir, delete it, "
-            "or name the checkpoint to start from with --resume_from_checkpoint"
+            "or name the checkpoint to start from with --resume_from_checkpoint. On another number of processes an "
+            "optimiser step must take as much: per_device_train_batch_size x gradient_accumulation_steps x processes"
         )
     if before["finished"]:
         return FINISHED

@@ -5,8 +5,8 @@ Axes: B pairs, R = 2B rows of a batch, T padded length, H hidden size, N counted
 
 from __future__ import annotations
 
+import functools
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,12 +19,16 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from aspo.config import AspoConfig
 from aspo.data import Collator
-from aspo.meters import Meters, record
+from aspo.even_batches import PLACEHOLDER
+from aspo.finite import FiniteLosses
+from aspo.meters import FallingRewards, Meters, record
 from aspo.model import base_model, check_head, inference, load_model, output_head
 from aspo.packing import TokenBatches
 from aspo.policy import MERGE, check_attention, check_liger, disable_dropout, load_weights, policy_and_reference
+from aspo.processes import inside, summed, summed_tensor
 from aspo.reference.fill import cached_reference
 from aspo.resume import SaveHistory, last_checkpoint
+from aspo.sharded import check_sharding, gather_vision, is_sharded, prepare_reference
 from aspo.shared_prefix.forward import PairForward, mean_pair_tokens, objective_inputs, parts_of, tree_inputs
 from aspo.start import (
     autocast_dtype,
@@ -41,8 +45,6 @@ from aspo.start import (
 )
 from aspo.vision.tower import VisionFeatures
 from aspo_kernels import objectives
-
-FALLING_WINDOWS = 3  # logging windows in a row with both rewards negative and falling before the warning
 
 
 class AspoTrainer(TokenBatches):
@@ -107,10 +109,10 @@ class AspoTrainer(TokenBatches):
         if self.ref_model is not None:
             self.ref_model.requires_grad_(False).eval()
         self._meters = {"train": Meters(), "eval": Meters()}
-        self._rewards_before: tuple[float, float] | None = None
-        self._falling = 0
-        self._head_checked = self._start_checked = False
-        self._eval_loss = (0.0, 0)
+        self._falling = FallingRewards()
+        self._finite = FiniteLosses()
+        self._head_checked = self._start_checked = self._settled = False
+        self._eval_loss = [0.0, 0.0]  # of this process: sum over pairs, pairs
         self._pair_tokens: float | None = None
         super().__init__(
             model=model,
@@ -124,12 +126,15 @@ class AspoTrainer(TokenBatches):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # before loss_is_scaled_for_ga, Trainer asked this
+        check_sharding(self.accelerator, self.model, self.ref_model, self.objective, args)
         if self.ref_model is not None:
-            self.ref_model.to(args.device)
+            self.ref_model = prepare_reference(self.accelerator, self.ref_model)
         self._target = length_target(self.objective, self.objective_options)
         if self._target == "dataset":
             self._pair_tokens = dataset_pair_tokens(self.data_collator, train_dataset)
-        self._settle_step(every_dataset(train_dataset, eval_dataset), own_reference=ref_model is not None)
+        self._own_reference = ref_model is not None
+        if not is_sharded(self.accelerator):  # else once the model is wrapped: before, no process could run it alone
+            self._settle_step()
 
     def _check_datasets(self, args: AspoConfig, train_dataset: Any, eval_dataset: Any) -> None:
         """ValueError where rows lack what the objective lives on, or would leave KTO alone with one."""
@@ -142,15 +147,18 @@ class AspoTrainer(TokenBatches):
                 self._require_similarity(dataset[0].get("chosen_similarity"))  # a stream's as it comes
             check_columns(args.loss_type, self.objective_options, dataset)
 
-    def _settle_step(self, datasets: Sequence[Any], own_reference: bool) -> None:
+    def _settle_step(self) -> None:
         """Cache the reference, look once at each image, share and pack: what the options say and the model takes."""
         args, autocast = self.args, autocast_dtype(self.accelerator)
+        datasets = every_dataset(self.train_dataset, self.eval_dataset)
+        self._settled = True
         if args.precompute_ref_log_probs and self.objective.needs_reference:  # by the model as it is, its own attention
             self._precompute_reference(datasets)
         folder = os.path.join(str(args.output_dir), "vision_cache") if args.vision_cache == "disk" else None
-        self.vision = VisionFeatures([self.model, self.ref_model], args.vision_cache, folder)
-        reference = (self.ref_model, own_reference)
-        self.route = settle_batches(self.model, reference, self.data_collator, datasets, args, autocast)
+        models = [self._policy, self._reference]
+        self.vision = VisionFeatures(models, args.vision_cache, folder, is_sharded(self.accelerator))
+        reference = (self._reference, self._own_reference)
+        self.route = settle_batches(self._policy, reference, self.data_collator, datasets, args, autocast)
         if isinstance(self.data_collator, Collator):  # not before: what is shared is tried in one piece
             self.data_collator.forward_tokens = args.forward_tokens
         elif args.forward_tokens is not None:
@@ -163,18 +171,39 @@ class AspoTrainer(TokenBatches):
         if isinstance(self.ref_model, PeftModel):  # the cache is of a model without its adapter
             raise ValueError(f"ref_model is an adapter, and precompute_ref_log_probs reads plain models: {MERGE}")
         folder = self.args.reference_cache or os.path.join(str(self.args.output_dir), "reference")
-        reference = self.model if self.ref_model is None else self.ref_model
         self.data_collator.reference = cached_reference(
             folder,
-            reference,
+            self._reference or self._policy,
             self.data_collator,
             datasets,
             autocast_dtype(self.accelerator),
             self.args.per_device_eval_batch_size,
+            must_be_whole=is_sharded(self.accelerator),
         )
         self.ref_model = None
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; a sharded model's step is settled here, where it is wrapped and no row is read yet."""
+        model, loader = super()._prepare_for_training(*args, **kwargs)
+        gather_vision(self._policy)
+        if not self._settled:
+            settle = self._settle_step
+            if self.ref_model is not None:
+                settle = functools.partial(inside, self.ref_model, settle, inner=self._reference)
+            inside(model, settle, inner=self._policy)
+        return model, loader
+
     # ---- the loss ----
+
+    @property
+    def _policy(self) -> Any:
+        """The model that trains, out of its wrappers."""
+        return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
+
+    @property
+    def _reference(self) -> Any:
+        """The reference's own model, out of its wrappers; None = the policy without its adapter, or not needed."""
+        return None if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
 
     def _require_similarity(self, similarity: Any) -> None:
         if similarity is None and self._needs_similarity:
@@ -183,17 +212,29 @@ class AspoTrainer(TokenBatches):
                 "on them, or set alpha to 0 (perplexity alone, ASPO-P)"
             )
 
-    def pair_losses(self, inputs: Mapping[str, Any]) -> tuple[objectives.Inputs, objectives.Result]:
-        """The objective of a collated batch: what it read, and its losses (B,) with statistics."""
+    def pair_losses(
+        self, inputs: Mapping[str, Any], model: nn.Module | None = None
+    ) -> tuple[objectives.Inputs, objectives.Result]:
+        """The objective of a collated batch: what it read, and its losses (B,) with statistics.
+
+        model: the policy as it is to be called, with its wrappers; None: `self.model`.
+        """
         inputs = {**inputs, "layout": inputs["layout"].to(self.args.device)}
         self._require_similarity(inputs["similarity"])
         check_roles(self.args.loss_type, self.objective, inputs["layout"])
-        policy = self.accelerator.unwrap_model(self.model)
+        policy = self._policy
         forward = PairForward(
-            policy, self.ref_model, self.route, self.objective.difference_only, self.args.kernel_backend, self.vision
+            policy,
+            self._reference,
+            self.route,
+            self.objective.difference_only,
+            self.args.kernel_backend,
+            self.vision,
+            self.ref_model,
         )
+        wanted = inputs, self.objective.needs_reference, self.objective.reads
         with self.accelerator.autocast():
-            numbers = forward.numbers(inputs, self.objective.needs_reference, self.objective.reads)
+            numbers = inside(model or self.model, lambda: forward.numbers(*wanted), inner=policy)
         tokens = self._pair_tokens if self.model.training or self._target == "dataset" else None
         given = objective_inputs(inputs, numbers, self.args.kernel_backend, self.objective.reads, tokens)
         return given, self.objective(given, **self.objective_options)
@@ -207,31 +248,40 @@ class AspoTrainer(TokenBatches):
     ) -> Any:
         """sum_pairs sample_weight * loss / (pairs of the accumulation window; this batch's where it is None)."""
         if not self._head_checked:
-            self._check_head(inputs)
-        given, result = self.pair_losses(inputs)
-        if self.model.training and not self._start_checked:
+            self._check_head(model, inputs)
+        given, result = self.pair_losses(inputs, model)
+        training = self.model.training
+        if training and not self._start_checked:
             self._check_start(given, result)
-        mode = "train" if self.model.training else "eval"
-        record(self._meters[mode], given, result)
         losses = result.losses
         if inputs["sample_weight"] is not None:
             losses = losses * inputs["sample_weight"].to(losses.dtype)
+        if inputs.get(PLACEHOLDER):
+            losses = losses * 0.0
+        else:
+            record(self._meters["train" if training else "eval"], given, result)
         loss = losses.sum() / (losses.numel() if num_items_in_batch is None else num_items_in_batch)
+        if training:
+            self._finite.note(self.state.global_step, inputs["ids"], loss)
+            loss = loss * self.accelerator.num_processes  # whose gradients are averaged
         return (loss, {}) if return_outputs else loss
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int:
-        if self._target == "batch" and batch_samples:
-            self._pair_tokens = mean_pair_tokens(batch_samples, self.accelerator)
-        return sum(batch["layout"].num_items for batch in batch_samples)
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int | Tensor:
+        """Pairs of the accumulation window, in all processes."""
+        counted = [batch for batch in batch_samples if not batch.get(PLACEHOLDER)]
+        if self._target == "batch":
+            self._pair_tokens = mean_pair_tokens(counted, self.accelerator)
+        pairs = sum(batch["layout"].num_items for batch in counted)
+        return pairs if self.accelerator.num_processes == 1 else summed_tensor(torch.tensor(pairs), self.accelerator)
 
     # ---- checks of the first batch ----
 
-    def _check_head(self, inputs: Mapping[str, Any]) -> None:
-        policy = self.accelerator.unwrap_model(self.model)
+    def _check_head(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        policy = self._policy
         with inference(policy), self.accelerator.autocast():
             tree = inputs.get("tree")
             own = inputs["model_inputs"]
-            check_head(policy, own if tree is None else tree_inputs(policy, own, tree, self.route))
+            check_head(policy, own if tree is None else tree_inputs(policy, own, tree, self.route), model)
         self._head_checked = True
 
     def _check_start(self, inputs: objectives.Inputs, result: objectives.Result) -> None:
@@ -252,8 +302,8 @@ class AspoTrainer(TokenBatches):
         layout: Any = inputs["layout"]
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
-        pairs = layout.num_items
-        self._eval_loss = (self._eval_loss[0] + float(loss) * pairs, self._eval_loss[1] + pairs)
+        pairs = 0 if inputs.get(PLACEHOLDER) else layout.num_items
+        self._eval_loss = [self._eval_loss[0] + float(loss) * pairs, self._eval_loss[1] + pairs]
         return loss, None, None
 
     def evaluation_loop(
@@ -265,11 +315,14 @@ class AspoTrainer(TokenBatches):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Trainer's loop; the loss and the metrics are means over pairs, whatever the last batch's size."""
-        self._eval_loss = (0.0, 0)
+        if not self._settled:
+            raise ValueError("a sharded model (FSDP, DeepSpeed) is evaluated during training only: train it first")
+        self._eval_loss = [0.0, 0.0]
         self._meters["eval"] = Meters()
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._meters["eval"].drain().items()}
-        loss = {f"{metric_key_prefix}_loss": self._eval_loss[0] / max(self._eval_loss[1], 1)}
+        total, pairs = summed({"loss": self._eval_loss})["loss"]
+        loss = {f"{metric_key_prefix}_loss": total / max(pairs, 1)}
         if not self.is_in_train:  # else `train` does, with the training rows'
             self.vision.flush()
         return output._replace(metrics={**(output.metrics or {}), **loss, **metrics})
@@ -279,30 +332,12 @@ class AspoTrainer(TokenBatches):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with the window's means added to a training line."""
         if "loss" in logs:
+            self._finite.check()
             logs = {**logs, **self._meters["train"].drain()}
-            if not torch.isfinite(torch.tensor(logs["loss"])):
-                raise ValueError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step}: lower learning_rate, or train in "
-                    "bfloat16 instead of float16"
-                )
-            self._warn_when_both_fall(logs)
+            # Single responses: a window may hold good ones only, and bad ones are meant to fall.
+            if self.objective.needs_reference and "desirable" not in self.objective.reads:
+                self._falling.look(logs)
         super().log(logs, start_time)
-
-    def _warn_when_both_fall(self, logs: Mapping[str, float]) -> None:
-        # Single responses: a window may hold good ones only, and bad ones are meant to fall.
-        wanted = {"rewards/chosen", "rewards/rejected"} <= logs.keys() and "desirable" not in self.objective.reads
-        if not wanted or not self.objective.needs_reference:
-            return
-        now = logs["rewards/chosen"], logs["rewards/rejected"]
-        before, self._rewards_before = self._rewards_before, now
-        falling = before is not None and all(n < min(b, 0.0) for n, b in zip(now, before, strict=True))
-        self._falling = self._falling + 1 if falling else 0
-        if self._falling == FALLING_WINDOWS:
-            warnings.warn(
-                f"both rewards are negative and falling (chosen {now[0]:+.3f}, rejected {now[1]:+.3f}): the model "
-                "makes its chosen answers less likely too. Lower learning_rate, raise beta, or add sft to loss_type.",
-                stacklevel=2,
-            )
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Trainer's estimate, from the model's own inputs."""
@@ -338,14 +373,22 @@ class AspoTrainer(TokenBatches):
         self.state = state
         return True
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._finite.check(p for p in self.model.parameters() if p.requires_grad)
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # before trainer_state.json, which says that all is there
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if isinstance(self.model, PeftModel):
+        if isinstance(self.model, PeftModel) or is_sharded(self.accelerator):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_weights(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if isinstance(self.model, PeftModel):
+        if isinstance(self.model, PeftModel) or is_sharded(self.accelerator):
             super()._load_best_model()
         else:
             load_weights(self.model, str(self.state.best_model_checkpoint))

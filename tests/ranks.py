@@ -9,7 +9,7 @@ import os
 import pickle
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing import get_context
 from typing import Any
@@ -24,8 +24,8 @@ CALL_SECONDS = 60  # after which the parent gives up on a call
 class Ranks:
     """`size` processes in one group; `run` calls a function of a test module in all of them."""
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, preload: Sequence[str] = (), seconds: int = CALL_SECONDS):
+        self.size, self.preload, self.seconds = size, preload, seconds
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
 
@@ -38,8 +38,8 @@ class Ranks:
                 pipe.send_bytes(pickle.dumps((function, args, kwargs)))
             answers = []
             for rank, pipe in enumerate(self._pipes):
-                if not pipe.poll(CALL_SECONDS):
-                    raise TimeoutError(f"rank {rank} did not answer within {CALL_SECONDS} s")
+                if not pipe.poll(self.seconds):
+                    raise TimeoutError(f"rank {rank} did not answer within {self.seconds} s")
                 answers.append(pickle.loads(pipe.recv_bytes()))
             failures = [f"rank {rank}:\n{text}" for rank, (text, _) in enumerate(answers) if text]
             if failures:
@@ -57,7 +57,7 @@ class Ranks:
 
     def _start(self) -> None:
         context = get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.tensor", "aspo_kernels", "pytest"])
+        context.set_forkserver_preload(["torch.distributed.tensor", "aspo_kernels", "pytest", *self.preload])
         meeting_point = os.path.join(tempfile.mkdtemp(), "store")
         for rank in range(self.size):
             ours, theirs = context.Pipe()

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig
 from aspo.config import AspoConfig
 from aspo.data import Collator
 from aspo.generation import generate
-from aspo.meters import Meters
+from aspo.meters import FallingRewards, Meters
 from aspo.model import load_model
 from aspo.policy import add_lora, lora_targets
+from aspo.resume import is_complete
 from aspo.trainer import AspoTrainer
 from aspo_kernels import objectives, sentence_dpo_loss_from_logits
 
@@ -127,9 +129,16 @@ def test_logits_are_never_built_but_to_check_the_head(make):
     trainer = make(max_steps=2, eval_rows=tiny_rows(2), eval_strategy="steps", eval_steps=1)
     shapes = []
     head = trainer.model.get_base_model().lm_head
-    head.register_forward_hook(lambda _module, _inputs, out: shapes.append(tuple(out.shape)))
+
+    def note(_module, _inputs, out):
+        shapes.extend(tuple(t.shape) for t in (out if isinstance(out, tuple) else [out]) if t is not None)
+
+    head.register_forward_hook(note)
     trainer.train()
-    assert shapes == [(2, 1, head.out_features)]  # once, the last position of 2 pairs that share their prefix
+    # Its logits and the model's own, once, at the last position of 2 pairs that share their prefix; then numbers.
+    logits = [shape for shape in shapes if shape[-1] == head.out_features]
+    assert logits == [(2, head.out_features), (2, 1, head.out_features)] and len(shapes) > 4
+    assert {len(shape) for shape in shapes if shape not in logits} == {1}
 
 
 @pytest.mark.parametrize(
@@ -438,20 +447,33 @@ def noisy(folder):
 # ---- warnings and errors ----
 
 
-def test_falling_rewards_are_warned_about_once(make):
-    trainer = make(loss_type="dpo")
+def test_falling_rewards_are_warned_about_once():
+    rewards = FallingRewards()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(8):
-            trainer._warn_when_both_fall({"rewards/chosen": -0.1 * step, "rewards/rejected": -0.2 * step})
-        trainer._warn_when_both_fall({"rewards/chosen": 0.3, "rewards/rejected": -2.0})
+            rewards.look({"rewards/chosen": -0.1 * step, "rewards/rejected": -0.2 * step})
+        rewards.look({"rewards/chosen": 0.3, "rewards/rejected": -2.0})
     assert len(caught) == 1 and "both rewards are negative and falling" in str(caught[0].message)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(make):
-    trainer = make()
-    with pytest.raises(ValueError, match="the loss is nan at step"):
-        trainer.log({"loss": float("nan")})
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(make):
+    rows = [{**row, "id": f"row {n}"} for n, row in enumerate(tiny_rows(4))]
+    rows[2]["sample_weight"] = math.nan
+    options = {"loss_type": "dpo", "max_steps": 4, "per_device_train_batch_size": 1, "logging_steps": 10}
+    trainer = make(rows, **options, save_strategy="steps", save_steps=1, train_sampling_strategy="sequential")
+    with pytest.raises(ValueError, match=r"loss is nan at step 2, in a batch of the rows row 2\. Nothing was saved"):
+        trainer.train()
+    saved = sorted(Path(str(trainer.args.output_dir)).glob("checkpoint-*"))
+    assert [path.name for path in saved] == ["checkpoint-1", "checkpoint-2"] and all(map(is_complete, saved))
+
+
+def test_weights_that_are_not_finite_are_not_saved(make):
+    trainer = make(loss_type="dpo", max_steps=2)
+    next(p for p in trainer.model.parameters() if p.requires_grad).data[0] = math.inf
+    with pytest.raises(ValueError, match="weights are no longer finite"):
+        trainer._save_checkpoint(trainer.model, None)
+    assert not list(Path(str(trainer.args.output_dir)).glob("checkpoint-*"))
 
 
 def test_rows_without_similarity(make):
@@ -518,12 +540,9 @@ def test_config_fills_in_what_the_objective_takes(tmp_path):
     assert several.objective_options() == {"gamma": 1.0, "label_smoothing": 0.0}  # beta: each its own default
 
 
-def test_more_than_one_device_or_process_is_refused(tmp_path, monkeypatch):
+def test_several_devices_in_one_process_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(AspoConfig, "n_gpu", 4)
-    with pytest.raises(ValueError, match="4 devices is not supported yet: set CUDA_VISIBLE_DEVICES"):
-        AspoConfig(output_dir=str(tmp_path), use_cpu=True)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes is not supported yet"):
+    with pytest.raises(ValueError, match=r"one process has 4 devices: start one for each .*CUDA_VISIBLE_DEVICES"):
         AspoConfig(output_dir=str(tmp_path), use_cpu=True)
 
 

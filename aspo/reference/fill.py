@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -193,12 +194,17 @@ def cached_reference(
     datasets: Sequence[Sequence[Row]],
     autocast: torch.dtype | None = None,
     batch_size: int = 8,
+    must_be_whole: bool = False,
 ) -> ReferenceCache:
     """A cache in `folder` with the log-probabilities of all rows: a sample checked, what it lacked computed.
 
-    model: the reference; of a LoRA model its adapter is off. collator: whose responses and max_length count.
-    Raises ValueError for rows that come as a stream, a cache of other settings, and one that fails `check`.
+    model: the reference; of a LoRA model its adapter is off. collator: whose responses and max_length count. Several
+    processes share the work; with `must_be_whole` there is none: the model is in shards, and they would wait for each
+    other at other batches.
+    Raises ValueError for rows that come as a stream, a cache of other settings, one that fails `check`, and one that
+    lacks rows where it must be whole.
     """
+    state = PartialState()
     settings = reference_settings(
         model, collator.processor, max_length=collator.max_length, autocast=autocast, responses=collator.responses
     )
@@ -212,7 +218,22 @@ def cached_reference(
                 "load the rows (aspo.data.load_rows), or turn it off"
             )
         check(cache, rows, logps_fn)
-        with progress_bar() as bar:
-            task = bar.add_task("reference", total=len(rows))
-            fill(cache, rows, logps_fn, progress=functools.partial(bar.advance, task))
+        state.wait_for_everyone()  # no process writes before all have read
+        if must_be_whole:
+            if missing := cache.missing(rows):
+                raise ValueError(
+                    f"the reference cache {folder} lacks {len(missing)} of {len(rows)} rows, and a sharded model does "
+                    "not fill it: run `aspo reference` first (on all processes, each with the whole model), and give "
+                    "its folder as reference_cache"
+                )
+            continue
+        bar = progress_bar()
+        bar.disable = not state.is_main_process
+        with bar:
+            task = bar.add_task("reference", total=len(range(state.process_index, len(rows), state.num_processes)))
+            advance = functools.partial(bar.advance, task)
+            fill(cache, rows, logps_fn, rank=state.process_index, world=state.num_processes, progress=advance)
+        state.wait_for_everyone()
+        if state.num_processes > 1:
+            cache.reload()
     return cache

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from aspo.model import HeadParams, base_model, inference, output_head, trunk_hidden
+from aspo.model import HeadParams, base_model, head_module, inference, output_head, trunk_hidden
+from aspo.processes import inside
+from aspo.sharded import with_image_gradients
 from aspo.shared_prefix.attention import tree_attention_inputs
 from aspo.shared_prefix.grid import Distinct
 from aspo.shared_prefix.tree import TokenTree
@@ -50,6 +52,9 @@ class PairForward:
         (`Objective.difference_only`). Their log-probabilities stay.
     backend: of the loss kernels.
     vision: what spares the vision tower an image that it has seen in this step.
+    ref_wrapped: how ref_model is called, where it is sharded.
+
+    A sharded policy's batch is run `aspo.processes.inside` it; either head is read inside the module that holds it.
     """
 
     policy: nn.Module
@@ -58,6 +63,7 @@ class PairForward:
     skip_common: bool
     backend: str
     vision: VisionFeatures | None = None
+    ref_wrapped: nn.Module | None = None
 
     def logps(self, batch: Mapping[str, Any], with_reference: bool) -> tuple[Tensor, Tensor | None]:
         """The first two of `numbers`."""
@@ -73,50 +79,65 @@ class PairForward:
         distinct = None if distinct is None else distinct.to(layout.targets.device)
         inputs = self._inputs(self.policy, batch) if "parts" not in batch else {}
         ref_logps = batch.get("ref_logps") if with_reference else None
+        with_kl = "token_kl" in reads
         vision = self._vision(batch)
         with nullcontext() if vision is None else vision.step():
             ref_rows = None
             if with_reference and ref_logps is None:
-                ref_rows = self._reference_rows(inputs, batch, layout, distinct)
+                if self.ref_model is not None and not with_kl:
+                    ref_logps = self._own_reference(batch, layout, distinct)
+                else:
+                    ref_rows = self._reference_rows(inputs, batch, layout, distinct)
             rows = self._rows(self.policy, inputs, batch, layout, distinct)
-        head = output_head(self.policy)
-        sharp = None
-        if "sharp_logps" in reads:
-            with torch.no_grad():
-                sharp = head.logps(rows, counted_targets(layout, distinct), self.backend, temperature=0.5)
-                sharp = sharp if distinct is None else sharp[distinct.inverse]
-        if "token_kl" in reads:
-            if ref_rows is None:
-                raise ValueError(
-                    "the objective reads the reference's whole distribution at each token, which no cache of "
-                    "log-probabilities holds: turn precompute_ref_log_probs off, and drop the rows' ref_chosen_logps"
-                )
-            ref_head = head if self.ref_model is None else output_head(self.ref_model)
-            found = head.token_kl(rows, ref_rows, ref_head, counted_targets(layout, distinct), self.backend)
-            of_each = [found.logps, found.ref_logps, found.kl]
-            logps, ref_logps, kl = of_each if distinct is None else [x[distinct.inverse] for x in of_each]
-        else:
-            logps, ref_logps = self._logps(head, rows, ref_rows, ref_logps, layout, distinct)
-            kl = None
-        return TokenNumbers(logps, ref_logps, kl, sharp)
+        rows = with_image_gradients(rows, self.policy)
+        if with_kl and ref_rows is None:
+            raise ValueError(
+                "the objective reads the reference's whole distribution at each token, which no cache of "
+                "log-probabilities holds: turn precompute_ref_log_probs off, and drop the rows' ref_chosen_logps"
+            )
 
-    def _logps(
+        def read(rows: Tensor) -> TokenNumbers:
+            return self._numbers(rows, ref_rows, ref_logps, layout, distinct, reads)
+
+        return inside(head_module(self.policy), read, rows)
+
+    def _numbers(
         self,
-        head: HeadParams,
         rows: Tensor,
         ref_rows: Tensor | None,
         ref_logps: Tensor | None,
         layout: SentenceLayout,
         distinct: Distinct | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Both log-probabilities: in one pass where policy and reference have the same head."""
-        if ref_rows is not None and self.ref_model is not None:
+        reads: Collection[str],
+    ) -> TokenNumbers:
+        """From hidden states to numbers; log-probabilities in one pass where policy and reference have one head."""
+        head, targets = output_head(self.policy), counted_targets(layout, distinct)
+        sharp = None
+        if "sharp_logps" in reads:
             with torch.no_grad():
-                ref_head = output_head(self.ref_model)
-                ref_logps, _ = counted_logps(ref_head, ref_rows, None, layout, distinct, False, self.backend)
-            ref_rows = None
+                sharp = head.logps(rows, targets, self.backend, temperature=0.5)
+                sharp = sharp if distinct is None else sharp[distinct.inverse]
+        if "token_kl" in reads and ref_rows is not None:
+            ref_head = head if self.ref_model is None else output_head(self.ref_model)
+            found = head.token_kl(rows, ref_rows, ref_head, targets, self.backend)
+            of_each = [found.logps, found.ref_logps, found.kl]
+            logps, ref_logps, kl = of_each if distinct is None else [x[distinct.inverse] for x in of_each]
+            return TokenNumbers(logps, ref_logps, kl, sharp)
         logps, stacked = counted_logps(head, rows, ref_rows, layout, distinct, self.skip_common, self.backend)
-        return logps, stacked if ref_rows is not None else ref_logps
+        return TokenNumbers(logps, ref_logps if ref_rows is None else stacked, None, sharp)
+
+    def _own_reference(self, batch: Mapping[str, Any], layout: SentenceLayout, distinct: Distinct | None) -> Tensor:
+        """(N,) log-probabilities under a reference with weights of its own."""
+        model: Any = self.ref_model
+
+        def read(rows: Tensor) -> Tensor:
+            return counted_logps(output_head(model), rows, None, layout, distinct, False, self.backend)[0]
+
+        def run() -> Tensor:
+            return inside(head_module(model), read, self._reference_rows({}, batch, layout, distinct))
+
+        with torch.no_grad():
+            return inside(self.ref_wrapped or model, run, inner=model)
 
     def _inputs(self, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """A model's own: a reference may have another attention implementation, window or way to count positions."""
@@ -298,7 +319,7 @@ def objective_inputs(
 def mean_pair_tokens(batches: Sequence[Mapping[str, Any]], accelerator: Any) -> float:
     """The mean of |y_c| + |y_r| over the pairs of some batches, on all processes (a collective call)."""
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    for batch in batches:
+    for batch in batches:  # none: this process has none
         layout = batch["layout"]  # on the device already: one wait for it, at the end
         total[0] += torch.where(layout.role < 2, layout.response_token_offsets.diff(), 0).sum().to(total.device)
         total[1] += layout.num_items

@@ -49,6 +49,7 @@ class VisionFeatures:
             version). An image costs its outputs in the tower's dtype: last hidden state, pooled output, and of
             `hidden_states` the layers that the model reads. LLaVA-1.5 at 336 pixels in bfloat16: 2 x 1.2 MB; nothing
             is ever deleted.
+        sharded: FSDP or ZeRO-3 has the weights in shards (within a forward they may look whole).
 
     A frozen tower runs without gradients; two frozen towers of equal weights share (compared by content). A tower that
     trains, or has adapter layers, is only spared the duplicates within each of its own calls, with gradients; nothing
@@ -65,13 +66,18 @@ class VisionFeatures:
     """
 
     def __init__(
-        self, models: Sequence[nn.Module | None], mode: str = "step", folder: str | Path | None = None
+        self,
+        models: Sequence[nn.Module | None],
+        mode: str = "step",
+        folder: str | Path | None = None,
+        sharded: bool = False,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"vision_cache is {mode!r}; choose one of {', '.join(MODES)}")
         if (folder is None) == (mode == "disk"):
             raise ValueError(f"vision_cache is {mode!r} and folder {folder!r}: 'disk' needs a folder, others have none")
         self.folder = None if folder is None else Path(folder)
+        self.sharded = sharded
         self.asked = self.computed = 0
         self._towers: dict[nn.Module, Any] = {}  # and the layers that the model around the tower reads
         for model in models if mode != "none" else ():
@@ -183,7 +189,7 @@ class VisionFeatures:
 
     def _name(self, tower: nn.Module) -> str:
         """What tells a frozen tower from others: its content, looked at again when a parameter was written to."""
-        sharded = any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in tower.parameters())
+        sharded = self.sharded or any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in tower.parameters())
         if sharded and self.folder is not None:
             raise ValueError(
                 "vision_cache='disk' is not supported where the vision tower's parameters are sharded (FSDP, ZeRO-3): "

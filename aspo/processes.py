@@ -1,0 +1,65 @@
+"""Training on several processes: our loss inside a wrapped model, and sums over all of them.
+
+DDP, FSDP and DeepSpeed act when a module is *called*: they gather its weights before its forward, and prepare for its
+backward after it. Our loss never calls the whole model (that would build logits), so it runs as the model's forward for
+the time of one call: `inside`. The idea is Lightning's and TRL's (`_ForwardRedirection`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+def inside(module: nn.Module, function: Callable[..., T], *args: Any, inner: nn.Module | None = None) -> T:
+    """function(*args), run as the forward of a module that is called as any caller would call it.
+
+    module: what is called, wrapped or not. inner: the module inside the wrapper whose forward is stood in for (None:
+    `module` itself). Within `function` the module has its own forward again. What function returned comes back as it
+    was: FSDP's mixed precision casts a module's outputs, and log-probabilities in bfloat16 would be worth nothing. Its
+    hooks sit on those very tensors.
+    """
+    inner = module if inner is None else inner
+    own = vars(inner).get("forward")  # accelerate may have set one on the instance
+    found: list[T] = []
+
+    def give_back() -> None:
+        if own is None:
+            vars(inner).pop("forward", None)
+        else:
+            inner.forward = own
+
+    def stand_in(*given: Any) -> T:
+        give_back()
+        found.append(function(*given))
+        return found[0]
+
+    inner.forward = stand_in  # type: ignore[assignment]
+    try:
+        module(*args)
+    finally:
+        give_back()
+    return found[0]
+
+
+def summed(values: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Tuples of numbers by name, added up over all processes, which may have different names. A collective call."""
+    if PartialState().num_processes == 1:
+        return {name: list(numbers) for name, numbers in values.items()}
+    total: dict[str, list[float]] = {}
+    for of_one in gather_object([{name: list(map(float, numbers)) for name, numbers in values.items()}]):
+        for name, numbers in of_one.items():
+            before = total.get(name, [0.0] * len(numbers))
+            total[name] = [a + b for a, b in zip(before, numbers, strict=True)]
+    return total
+
+
+def summed_tensor(value: Tensor, accelerator: Accelerator) -> Tensor:
+    """A tensor of one shape everywhere, added up over all processes. A collective call."""
+    return accelerator.reduce(value.to(accelerator.device), "sum")

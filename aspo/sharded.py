@@ -1,0 +1,138 @@
+"""Models in shards (FSDP2, DeepSpeed), and what only images use in a model that several processes train.
+
+A process whose batch has no image does not run the vision tower. Whatever the processes do together there (gathering
+its weights, summing its gradients) would wait for it for ever: so the tower stays whole, and its gradient is never
+absent.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from aspo.model import base_model
+from aspo.policy import vision_tower
+from aspo_kernels import objectives
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether a process holds a part of the model only, so that a forward needs all of them, and a wrapped model."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def check_sharding(
+    accelerator: Accelerator, model: nn.Module, ref_model: nn.Module | None, objective: objectives.Objective, args: Any
+) -> None:
+    """Prepare FSDP2's wrapping (`keep_vision_whole`). Raises ValueError for what a sharded model cannot do."""
+    if not is_sharded(accelerator):
+        return
+    if accelerator.distributed_type == DistributedType.FSDP:
+        keep_vision_whole(accelerator, model)
+    if "token_kl" in objective.reads and ref_model is not None:
+        raise ValueError(
+            f"{objective.name} reads policy and reference at once, and a sharded model's reference is gathered apart: "
+            "train LoRA, whose reference is the model without its adapter"
+        )
+    if args.shared_prefix == "auto" and (
+        args.token_budget is not None or args.train_sampling_strategy == "group_by_length"
+    ):
+        raise ValueError(
+            "shared_prefix='auto' is settled once a sharded model is wrapped, and batches are cut by tokens before: "
+            "set shared_prefix to on or off"
+        )
+    if args.load_in_4bit:
+        raise ValueError("load_in_4bit keeps weights that cannot be sharded: use DDP, or turn it off")
+
+
+def keep_vision_whole(accelerator: Accelerator, model: nn.Module) -> None:
+    """Let FSDP2 cut the language model's layers only, before it wraps the model.
+
+    A vision tower in shards is gathered when it runs. A process whose batch has no image would not run it, and the
+    others would wait for ever; so it stays in one piece, gathered with the embeddings as the step begins.
+
+    Raises ValueError for FSDP1, and where the vision tower's layers were asked to be cut.
+    """
+    plugin: Any = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError("FSDP of version 1 is not supported: set fsdp_version to 2 (configs/accelerate/fsdp2.yaml)")
+    outer = base_model(model)
+    layers = {type(layer).__name__ for layer in _layers(outer.get_decoder())}
+    names = plugin.transformer_cls_names_to_wrap
+    if not names:
+        plugin.transformer_cls_names_to_wrap = sorted(layers)
+        return
+    tower = vision_tower(model)
+    of_tower = set() if tower is None else {type(module).__name__ for module in tower.modules()}
+    if inside_tower := sorted((set(names) & of_tower) - layers):
+        raise ValueError(
+            f"fsdp_transformer_layer_cls_to_wrap names {', '.join(inside_tower)}, layers of the vision tower: where a "
+            f"batch has no image, processes would wait for ever. Leave them out; {', '.join(sorted(layers))} is enough"
+        )
+
+
+def _layers(decoder: nn.Module) -> Iterator[nn.Module]:
+    """The repeated blocks of a decoder: the entries of its longest list of modules."""
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    yield from max(lists, key=len, default=nn.ModuleList())
+
+
+def gather_vision(model: nn.Module) -> None:
+    """Under ZeRO-3: all that images run through whole in every process from here on (see `keep_vision_whole`)."""
+    in_shards: list[Any] = [p for p in image_parameters(model, frozen=True) if hasattr(p, "ds_id")]
+    for parameter in in_shards:
+        parameter.ds_persist = True  # what small tensors are: never given back
+    if in_shards:
+        in_shards[0].all_gather(in_shards)
+
+
+def image_parameters(model: nn.Module, frozen: bool = False) -> list[nn.Parameter]:
+    """What only images use: the vision tower's and projector's parameters that train; with `frozen` all of them."""
+    outer = base_model(model)
+    if vision_tower(model) is None:
+        return []
+    of_text = [outer.get_decoder(), outer.get_input_embeddings(), outer.get_output_embeddings()]
+    used = {id(p) for module in of_text if module is not None for p in module.parameters()}
+    return [p for p in outer.parameters() if id(p) not in used and (frozen or p.requires_grad)]
+
+
+def with_image_gradients(value: Tensor, model: nn.Module) -> Tensor:
+    """A batch's value with a gradient of zero added for what images use: without an image there would be none at all,
+    nor for the tower's layers behind the one that is read.
+
+    Gradients are summed over processes tensor by tensor, and a process that has none for one would not take part.
+    """
+    in_group = dist.is_available() and dist.is_initialized()
+    parameters = image_parameters(model) if in_group and torch.is_grad_enabled() else []
+    return value + 0.0 * sum(p.sum() for p in parameters) if parameters else value
+
+
+def prepare_reference(accelerator: Accelerator, ref_model: nn.Module) -> nn.Module:
+    """A frozen reference of its own, sharded as the policy is where that is sharded; on the device in any case."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        return fsdp2_prepare_model(accelerator, ref_model)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return _deepspeed_reference(accelerator, ref_model)
+    return ref_model.to(accelerator.device)
+
+
+def _deepspeed_reference(accelerator: Accelerator, ref_model: nn.Module) -> nn.Module:
+    """An engine without an optimiser: ZeRO-3 keeps the weights in shards, the stages below keep them whole."""
+    import deepspeed
+
+    config = copy.deepcopy(accelerator.deepspeed_plugin.deepspeed_config)
+    for name in ("optimizer", "scheduler"):
+        config.pop(name, None)
+    if config["zero_optimization"]["stage"] != 3:
+        config["zero_optimization"]["stage"] = 0
+    engine, *_ = deepspeed.initialize(model=ref_model, config=config)
+    gather_vision(ref_model)
+    return engine.eval()

@@ -1,0 +1,167 @@
+"""Training on several processes ends where one process ends, however the model is wrapped.
+
+The processes are gloo groups on the CPU (`ranks.Ranks`); each call builds model and trainer anew.
+"""
+
+import aspo  # isort: skip  # noqa: F401  (first: it makes torchvision importable on a CPU torch)
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+from tiny import tiny_llava, tiny_rows
+
+STEPS = 20
+PAIRS = 6  # of an optimiser step, however many processes share it
+BASE = {"max_steps": STEPS, "learning_rate": 1e-3, "loss_type": "dpo", "beta": 0.5, "warmup_steps": 2}
+
+
+def rows(count: int, text_only: bool = False) -> list[dict[str, Any]]:
+    """Rows; with `text_only` every third one has no image."""
+    made = [{**row, "id": f"row-{n}"} for n, row in enumerate(tiny_rows(count))]
+    if not text_only:
+        return made
+    return [without_image(row) if n % 3 == 0 else row for n, row in enumerate(made)]
+
+
+def without_image(row: dict[str, Any]) -> dict[str, Any]:
+    prompt = [{"role": "user", "content": [{"type": "text", "text": "what is it?"}]}]
+    return {**{k: v for k, v in row.items() if k not in ("images", "image")}, "prompt": prompt}
+
+
+def train(folder: str, out: str, kind: str = "ddp", **options: Any) -> dict[str, Any]:
+    """One training in this process, together with the others of its group: weights, losses and logs.
+
+    options: AspoConfig's, and data, ref (True: a reference of its own), resume.
+    """
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState, GradientState
+
+    from aspo.config import AspoConfig
+    from aspo.model import load_model
+    from aspo.trainer import AspoTrainer
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    meet(kind)
+    torch.manual_seed(0)
+    model, processor = load_model(folder)
+    data = options.pop("data", None) or rows(37)
+    ref_model = load_model(folder)[0] if options.pop("ref", False) else None
+    resume = options.pop("resume", None)
+    defaults = {"save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "report_to": "none"}
+    args = AspoConfig(output_dir=out, **{**defaults, **BASE, **options})
+    evaluates = {"eval_dataset": rows(5)} if "eval_strategy" in options else {}
+    trainer = AspoTrainer(model, args, data, processing_class=processor, ref_model=ref_model, **evaluates)
+    trainer.train(resume_from_checkpoint=resume)
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of a sharded model in the first process alone
+    trained = {name for name, p in trainer._policy.named_parameters() if p.requires_grad}
+    return {
+        "weights": {name: value.clone() for name, value in weights.items() if name in trained},
+        "logs": trainer.state.log_history,
+        "processes": trainer.accelerator.num_processes,
+        "type": trainer.accelerator.distributed_type.value,
+    }
+
+
+def meet(kind: str) -> None:
+    """What a launcher would set."""
+    import torch.distributed as dist
+
+    for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:
+        del os.environ[name]
+    if dist.is_initialized():
+        rank, size = dist.get_rank(), dist.get_world_size()
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": 29_500}
+        os.environ |= {name: str(value) for name, value in own.items()} | {"MASTER_ADDR": "127.0.0.1"}  # met already
+    if kind == "fsdp":
+        import fsdp_on_cpu  # noqa: F401  accelerate itself asks for a GPU
+
+        os.environ |= {
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+            "FSDP_RESHARD_AFTER_FORWARD": "true",
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+        }
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[dict[int, Ranks]]:
+    """Groups of 1, 2 and 3 processes."""
+    groups = {size: Ranks(size, ["aspo", "aspo.trainer", "tiny"], 300) for size in (1, 2, 3)}
+    yield groups
+    for group in groups.values():
+        group.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_llava(tmp_path_factory.mktemp("distributed") / "llava"))
+
+
+@pytest.fixture(scope="module")
+def one_process(ranks: dict[int, Ranks], folder: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """one_process(**options) -> what one process trains; each only once."""
+    kept: dict[str, Any] = {}
+
+    def run(**options: Any) -> Any:
+        key = repr(sorted(options.items()))
+        if key not in kept:
+            out = str(tmp_path_factory.mktemp("one"))
+            (kept[key],) = ranks[1].run(train, folder, out, per_device_train_batch_size=PAIRS, **options)
+        return kept[key]
+
+    return run
+
+
+def losses_of(run: dict[str, Any]) -> list[float]:
+    return [entry["loss"] for entry in run["logs"] if "loss" in entry]
+
+
+def assert_same(found: list[dict[str, Any]], expected: dict[str, Any], kind: str) -> None:
+    assert len(expected["weights"]) > 4
+    losses = losses_of(expected)
+    assert max(losses) - min(losses) > 0.02  # it did train
+    for rank, of_rank in enumerate(found):
+        assert (of_rank["processes"], of_rank["type"]) == (len(found), TYPES[kind])
+        assert losses_of(of_rank) == pytest.approx(losses, abs=2e-5)
+        for name in ("rewards/chosen", "rewards/accuracies", "logps/rejected", "sentences/nll_std", "eval_loss"):
+            theirs = [entry[name] for entry in of_rank["logs"] if name in entry]
+            assert theirs == pytest.approx([entry[name] for entry in expected["logs"] if name in entry], abs=2e-4)
+        if rank and kind != "ddp":
+            continue
+        assert of_rank["weights"].keys() == expected["weights"].keys()
+        for name, value in expected["weights"].items():
+            difference = (of_rank["weights"][name] - value).abs().max()
+            assert difference < 1e-4, (name, float(difference))  # of a learning rate of 1e-3 over 20 steps
+
+
+TYPES = {"ddp": "MULTI_CPU", "fsdp": "FSDP"}
+KINDS = [("ddp", 2), ("ddp", 3), ("fsdp", 2)]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"use_lora": False},
+    {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 10},
+    {"use_lora": False, "data": "mixed", "loss_type": "aspo", "alpha": 0.0},
+    {"use_lora": False, "freeze_vision": False, "data": "mixed", "activation_checkpointing": True},
+    {"ref": True, "shared_prefix": "off"},
+    {"loss_type": "acpo", "beta": 0.5},
+    {"loss_type": "tdpo", "beta": 0.5},
+]
+
+
+@pytest.mark.parametrize(("kind", "size"), KINDS)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(f"{k}={options[k]}" for k in options) or "{}")
+def test_several_processes_end_where_one_does(ranks, one_process, folder, tmp_path, kind, size, options):
+    if options.get("data") == "mixed":  # some batches have an image, some have none
+        options = {**options, "data": rows(37, text_only=True)}
+    expected = one_process(**options)
+    assert len(losses_of(expected)) == STEPS
+    pairs = PAIRS // size
+    found = ranks[size].run(train, folder, str(tmp_path), kind, **options, per_device_train_batch_size=pairs)
+    assert_same(found, expected, kind)
