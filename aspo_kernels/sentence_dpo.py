@@ -118,8 +118,8 @@ def sentence_dpo_loss(
         if validate:
             layout.validate()
         logps, live_ref_logps = _both_logps(
-            hidden, ref_hidden, head, ref_head, bias, ref_bias, layout, Epilogue(logit_scale, softcap, temperature), lora,
-            vocabulary, sequence, backend, memory_budget, validate,
+            hidden, ref_hidden, head, ref_head, bias, ref_bias, layout, Epilogue(logit_scale, softcap, temperature),
+            lora, vocabulary, sequence, backend, memory_budget, validate,
         )  # fmt: skip
     both = (logps,) if live_ref_logps is None else (logps, live_ref_logps)
     logps, *live = both if sequence is None else sequence.whole(*both, validate=validate)

@@ -77,7 +77,7 @@ class SequenceShard:
             shape: (R, T) of the whole grid, `SentenceLayout.padded_shape`.
             columns: (T_local,) int64. Those outside 0..T-1 are padding.
 
-        To be called on the CPU, in the collator; then `to(device)`.
+        To be called on the CPU, as the batch comes from its loader; then `to(device)`.
         """
         if columns.dim() != 1 or columns.dtype != torch.int64:
             raise ValueError(f"columns must be (T_local,) int64, got {columns.dtype} {tuple(columns.shape)}")
