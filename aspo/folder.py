@@ -5,7 +5,6 @@ it was writing; whoever appends next cuts that off.
 """
 
 import hashlib
-import io
 import json
 import os
 import secrets
@@ -13,11 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from aspo.images import check_image, image_bytes, image_entries, image_path, in_memory, is_file, load_images
 
 ROWS_FILE = "rows.jsonl"
 IMAGE_COLUMNS = ("images", "chosen_images", "rejected_images", "negative_images")
-PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 Row = Mapping[str, Any]
 
 
@@ -67,22 +65,6 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                     raise ValueError(f"{path}, line {number} is no JSON ({error}): delete that line") from error
 
 
-def load_images(row: Row, column: str = "images", root: str | Path | None = None) -> list[Image.Image]:
-    """The images of one of the row's image columns, decoded to RGB. Relative paths start at `root`."""
-    return [_open_image(entry, root) for entry in image_entries(row, column)]
-
-
-def image_bytes(entry: Any, root: str | Path | None = None) -> bytes:
-    """The encoded bytes of an image entry: a file's content as it is, a PIL image as PNG."""
-    if isinstance(entry, Image.Image):
-        buffer = io.BytesIO()
-        (entry if entry.mode in PNG_MODES else entry.convert("RGB")).save(buffer, format="PNG")
-        return buffer.getvalue()
-    if isinstance(entry, Mapping) and entry.get("bytes") is not None:
-        return entry["bytes"]
-    return image_path(entry, root).read_bytes()
-
-
 def row_line(folder: Path, row: Row) -> str:
     """The row as a JSON line; its images are put into `folder/images` under a name made of their content."""
     plain = {k: value for k, value in row.items() if k not in ("image", *IMAGE_COLUMNS) and value is not None}
@@ -95,10 +77,10 @@ def row_line(folder: Path, row: Row) -> str:
 def _store_image(folder: Path, entry: Any) -> str:
     """Put an image into the folder, under a name made of its content, unless it is there; returns its relative path."""
     path = None
-    if not isinstance(entry, Image.Image) and not (isinstance(entry, Mapping) and entry.get("bytes") is not None):
-        path = image_path(entry, folder).absolute()
-        if path.is_relative_to(folder.absolute()) and path.is_file():
-            return path.relative_to(folder.absolute()).as_posix()
+    if not in_memory(entry):
+        path = image_path(entry, folder)
+        if is_file(path) and (place := path.resolve()).is_relative_to(folder.resolve()):
+            return place.relative_to(folder.resolve()).as_posix()
     content = image_bytes(entry, folder)
     name = hashlib.sha256(content).hexdigest()[:24] + (path.suffix.lower() if path else ".png")
     target = folder / "images" / name
@@ -110,46 +92,4 @@ def _store_image(folder: Path, entry: Any) -> str:
     return f"images/{name}"
 
 
-def image_entries(row: Row, column: str = "images") -> list[Any]:
-    """The entries of an image column ("images": or of `image`), which may be one entry or a list."""
-    found = row[column] if row.get(column) is not None else row.get("image") if column == "images" else None
-    if found is None:
-        return []
-    return [found] if isinstance(found, str | Path | Mapping | Image.Image) else list(found)
-
-
-def image_path(entry: Any, root: str | Path | None) -> Path:
-    """Where an image entry without bytes lies; a relative path starts at `root`."""
-    path = entry.get("path") if isinstance(entry, Mapping) else entry
-    if not isinstance(path, str | Path):
-        raise ValueError(
-            f"an image must be a path, a PIL image or a dict with 'bytes' or 'path', got {type(entry).__name__}"
-        )
-    return Path(root or "", path)
-
-
-def _open_image(entry: Any, root: str | Path | None) -> Image.Image:
-    if isinstance(entry, Image.Image):
-        return entry.convert("RGB")
-    try:
-        return Image.open(io.BytesIO(image_bytes(entry, root))).convert("RGB")
-    except OSError as error:
-        raise _unreadable(entry, error) from error
-
-
-def check_image(entry: Any) -> None:
-    """That an image entry is one, by its first bytes: nothing is decoded."""
-    if isinstance(entry, Image.Image):
-        return
-    content = entry.get("bytes") if isinstance(entry, Mapping) else None
-    try:
-        with Image.open(image_path(entry, None) if content is None else io.BytesIO(content)):
-            pass
-    except OSError as error:
-        raise _unreadable(entry, error) from error
-
-
-def _unreadable(entry: Any, error: OSError) -> ValueError:
-    name = entry.get("path") if isinstance(entry, Mapping) else entry
-    why = "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-    return ValueError(f"image {name or 'in the row'} cannot be read: {why}")
+__all__ = ["append_row", "check_image", "image_bytes", "image_entries", "image_path", "load_images", "write_rows"]

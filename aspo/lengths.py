@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -10,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from aspo.folder import image_entries, image_path
+from aspo.images import image_entries, image_size
 from aspo.prompts import Prompt, encode_prompt, run_processor, tokenizer_of
 
 Row = Mapping[str, Any]
@@ -50,15 +49,7 @@ def row_lengths(rows: Any, collator: Counter, num_workers: int = 0) -> list[tupl
 
 def image_sizes(row: Row, column: str = "images") -> list[Size]:
     """(height, width) of the images of one of the row's image columns, from their headers: nothing is decoded."""
-    sizes = []
-    for entry in image_entries(row, column):
-        if isinstance(entry, Image.Image):
-            sizes.append((entry.height, entry.width))
-            continue
-        content = entry.get("bytes") if isinstance(entry, Mapping) else None
-        with Image.open(image_path(entry, None) if content is None else io.BytesIO(content)) as image:
-            sizes.append((image.height, image.width))
-    return sizes
+    return [image_size(entry) for entry in image_entries(row, column)]
 
 
 class PromptLength:

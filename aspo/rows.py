@@ -6,18 +6,23 @@ all optional, `id`, `chosen_sentences`/`rejected_sentences` ([start, end] charac
 yet decoded, responses are texts, and every row has an `id`. docs/data.md has the whole format.
 """
 
+from __future__ import annotations
+
+import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
-from PIL import Image
 
-from aspo.folder import IMAGE_COLUMNS, ROWS_FILE, image_bytes, image_entries, image_path
+from aspo.folder import IMAGE_COLUMNS, ROWS_FILE
+from aspo.images import check_within, image_bytes, image_entries, image_path, in_memory, is_file
 from aspo.validate import KINDS, bad_row, named_column, response_text, short_repr, validate_rows
 
+ENCODED = datasets.List(datasets.Image(decode=False))
 Row = Mapping[str, Any]
 
 
@@ -36,17 +41,19 @@ def load_rows(
             `image`) are prompts: their first question. RLAIF-V's `question` is a prompt too.
         kind: "preference", "unpaired" (prompt, completion, label) or "prompt".
         limit: only the first `limit` rows.
-        image_root: where relative image paths start; by default the folder that holds the file.
+        image_root: where relative image paths start, and a folder in which images may lie; by default the folder that
+            holds the file. Rows read from a file may name no images outside of these two, rows from Python may.
 
     Raises:
-        ValueError: unknown kind or form; a row that cannot be read, named with its column.
+        ValueError: unknown kind or form; a row that cannot be read, or names an image where it may not, named with its
+            column.
         FileNotFoundError: no such file or folder.
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; it must be one of {list(KINDS)}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1, or None for all rows")
-    root = Path(image_root) if image_root is not None else None
+    places = Places(Path(image_root or ""))
     rows: datasets.Dataset | list[Any]
     if isinstance(source, str) and source.startswith("world:"):
         rows = _world_rows(source.removeprefix("world:"), limit)
@@ -54,15 +61,38 @@ def load_rows(
         rows = source
     elif isinstance(source, str | Path):
         path = Path(source)
-        root = root or (path if path.is_dir() else path.parent)
         rows = _read(path)
+        places = Places.of_file(path if path.is_dir() else path.parent, image_root)
     else:
         rows = list(source)
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows)))) if isinstance(rows, datasets.Dataset) else rows[:limit]
     if len(rows) == 0:
         raise ValueError(f"{source if isinstance(source, str | Path) else 'the source'} holds no rows")
-    return _to_dataset(rows, kind, (root or Path()).absolute())
+    return _to_dataset(rows, kind, places)
+
+
+class Places(NamedTuple):
+    """Where images lie: relative paths start at `root`; of a file's rows all images lie in the folders `within`."""
+
+    root: Path
+    within: tuple[Path, ...] = ()
+
+    @classmethod
+    def of_file(cls, folder: Path, image_root: str | Path | None) -> Places:
+        """Those of rows in a file of `folder`: images lie there, or in image_root."""
+        folders = [folder] if image_root is None else [Path(image_root), folder]
+        return cls(folders[0], tuple(dict.fromkeys(place.resolve() for place in folders)))
+
+    def find(self, entry: Any) -> Path:
+        """The absolute path of an image entry. Raises ValueError where it leads out of `within`."""
+        path = image_path(entry, self.root).absolute()
+        if not self.within:
+            return path
+        if not is_file(path):  # image_root allows more folders without having to be where all paths start
+            path = next((p for p in (image_path(entry, place) for place in self.within) if is_file(p)), path)
+        check_within(path, self.within)
+        return path
 
 
 def _read(path: Path) -> datasets.Dataset | list[Any]:
@@ -74,22 +104,19 @@ def _read(path: Path) -> datasets.Dataset | list[Any]:
         if (path / ROWS_FILE).exists():
             return _read_jsonl(path / ROWS_FILE)
         if (path / "state.json").exists():
-            return datasets.load_from_disk(str(path))
+            return _read_saved(path)
         if (path / "dataset_dict.json").exists():
-            splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-            raise ValueError(f"{path} holds the splits {splits}: name one, e.g. {path / splits[0]}")
+            splits = sorted(p.parent.name for p in path.glob("*/state.json"))
+            raise ValueError(f"{path} holds the splits {splits}: name one, as {path / (splits or ['train'])[0]}")
         if parquet := sorted(str(p) for p in path.glob("*.parquet")):
-            return datasets.Dataset.from_parquet(parquet)
+            return _arrow(path, datasets.Dataset.from_parquet, parquet)
         raise ValueError(f"{path} has no {ROWS_FILE}, no save_to_disk files and no .parquet files")
     if path.suffix == ".parquet":
-        return datasets.Dataset.from_parquet(str(path))
+        return _arrow(path, datasets.Dataset.from_parquet, str(path))
     if path.suffix == ".jsonl":
         return _read_jsonl(path)
     if path.suffix == ".json":
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is no JSON: {error}; one object a line goes into a .jsonl file") from error
+        rows = parse_json(path.read_bytes(), str(path), "; one object a line goes into a .jsonl file")
         if not isinstance(rows, list):
             raise ValueError(f"{path} holds a {type(rows).__name__}; it must be a list of rows")
         return rows
@@ -98,19 +125,42 @@ def _read(path: Path) -> datasets.Dataset | list[Any]:
 
 def _read_jsonl(path: Path) -> list[Any]:
     rows = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    cut = (
-                        ""
-                        if line.endswith("\n")
-                        else "; the last line is unfinished: run again the command that wrote it"
-                    )
-                    raise ValueError(f"{path}, line {number} is no JSON: {error}{cut}") from error
+                whole = line.endswith(b"\n")
+                cut = "" if whole else "; the last line is unfinished: run again the command that wrote it"
+                rows.append(parse_json(line, f"{path}, line {number}", cut))
     return rows
+
+
+def parse_json(content: bytes, where: str, hint: str = "") -> Any:
+    """UTF-8 JSON. Raises ValueError, which begins with `where`, for anything else."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{where} is no JSON: {what}{hint}") from error
+
+
+def _read_saved(path: Path) -> datasets.Dataset:
+    """A folder of `save_to_disk`, whose state.json may name files of the folder only."""
+    state = parse_json((path / "state.json").read_bytes(), str(path / "state.json"))
+    files = state.get("_data_files") if isinstance(state, Mapping) else None
+    names = [file.get("filename") if isinstance(file, Mapping) else None for file in files or ()]
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise ValueError(f"{path / 'state.json'} names data files {short_repr(names)}; they must lie in the folder")
+    return _arrow(path, datasets.load_from_disk, str(path))
+
+
+def _arrow(path: Path, read: Callable[[Any], Any], source: Any) -> datasets.Dataset:
+    """Rows in Arrow's files; whatever the libraries raise over broken ones becomes a ValueError."""
+    try:
+        return read(source)
+    except Exception as error:  # of pyarrow, datasets, and Python's own
+        cause = error.__cause__ or error  # datasets says no more than that there was one
+        text = " ".join(str(cause).split())[:300]
+        raise ValueError(f"{path} cannot be read: {type(cause).__name__}: {text}") from error
 
 
 def _world_rows(split: str, limit: int | None) -> list[dict[str, Any]]:
@@ -119,38 +169,58 @@ def _world_rows(split: str, limit: int | None) -> list[dict[str, Any]]:
     return rows(split, n=limit)
 
 
-def _to_dataset(rows: datasets.Dataset | list[Any], kind: str, root: Path) -> datasets.Dataset:
+def _to_dataset(rows: datasets.Dataset | list[Any], kind: str, places: Places) -> datasets.Dataset:
     """Every row in one form; images stay encoded, message lists and JSON objects keep their exact contents."""
-    images = datasets.List(datasets.Image(decode=False))
     if isinstance(rows, datasets.Dataset):
-        for name in {"image", *IMAGE_COLUMNS}.intersection(rows.column_names):
-            several = isinstance(rows.features[name], datasets.List)
-            rows = rows.cast_column(name, images if several else datasets.Image(decode=False))
-        as_messages = "prompt" in rows.column_names and not isinstance(rows.features["prompt"], datasets.Value)
-        first = _normalise(rows[0], 0, kind, root, as_messages)
-        as_messages = as_messages or isinstance(first.get("prompt"), list)  # TRL's implicit prompts
-        features = datasets.Features({**rows.features, **dict.fromkeys(IMAGE_COLUMNS, images)})
-        features.update({c: datasets.Value("string") for c in ("id", "prompt", "chosen", "rejected") if c in first})
-        if as_messages:
-            features["prompt"] = datasets.Json()
-        return rows.map(
-            lambda row, index: _normalise(row, index, kind, root, as_messages),
-            with_indices=True,
-            remove_columns=[c for c in rows.column_names if c not in first],
-            features=datasets.Features({c: features[c] for c in first}),
-        )
+        return _from_dataset(rows, kind, places)
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ValueError(f"row {index} is a {type(row).__name__}; a row is a JSON object")
     as_messages = any(not isinstance(row.get("prompt", ""), str | None) for row in rows)
-    made = [_normalise(row, index, kind, root, as_messages) for index, row in enumerate(rows)]
+    made = [_normalise(row, index, kind, places, as_messages) for index, row in enumerate(rows)]
     columns = {c: [row.get(c) for row in made] for c in dict.fromkeys(c for row in made for c in row)}
     features = datasets.Features({c: _feature(c, values) for c, values in columns.items() if c not in IMAGE_COLUMNS})
     for column, feature in features.items():
         if isinstance(feature, datasets.Json):  # as text: its own encoder rounds floats to ten digits
             columns[column] = [None if value is None else json.dumps(value) for value in columns[column]]
-    features.update({c: images for c in IMAGE_COLUMNS if c in columns})
+    features.update({c: ENCODED for c in IMAGE_COLUMNS if c in columns})
     return datasets.Dataset.from_dict(columns, features=features)
+
+
+def _from_dataset(rows: datasets.Dataset, kind: str, places: Places) -> datasets.Dataset:
+    for name, feature in rows.features.items():
+        if name in ("image", *IMAGE_COLUMNS):
+            several = isinstance(feature, datasets.List | datasets.LargeList)
+            encoded = ENCODED if several else ENCODED.feature
+        else:
+            encoded = _encoded(feature)
+        if encoded != feature:
+            rows = _arrow(Path(f"column {name!r}"), partial(rows.cast_column, name), encoded)
+    as_messages = "prompt" in rows.column_names and not isinstance(rows.features["prompt"], datasets.Value)
+    first = _normalise(rows[0], 0, kind, places, as_messages)
+    as_messages = as_messages or isinstance(first.get("prompt"), list)  # TRL's implicit prompts
+    features = datasets.Features({**rows.features, **dict.fromkeys(IMAGE_COLUMNS, ENCODED)})
+    features.update({c: datasets.Value("string") for c in ("id", "prompt", "chosen", "rejected") if c in first})
+    if as_messages:
+        features["prompt"] = datasets.Json()
+    return rows.map(
+        lambda row, index: _normalise(row, index, kind, places, as_messages),
+        with_indices=True,
+        remove_columns=[c for c in rows.column_names if c not in first],
+        features=datasets.Features({c: features[c] for c in first}),
+    )
+
+
+def _encoded(feature: Any) -> Any:
+    """A feature whose images, sounds and films stay as they are kept: decoding would open what their rows name."""
+    if isinstance(feature, dict):
+        return {name: _encoded(inner) for name, inner in feature.items()}
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return type(feature)(_encoded(feature.feature))
+    if getattr(feature, "decode", False) and not isinstance(feature, datasets.Json):
+        feature = copy.copy(feature)
+        feature.decode = False
+    return feature
 
 
 def _feature(column: str, values: list[Any]) -> Any:
@@ -158,7 +228,7 @@ def _feature(column: str, values: list[Any]) -> Any:
         return datasets.Json()
     try:
         return datasets.Features.from_arrow_schema(pa.schema({column: pa.array(values).type}))[column]
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OverflowError) as error:
         kinds = sorted({type(value).__name__ for value in values})
         raise ValueError(f"column {column!r} mixes kinds of values ({', '.join(kinds)}): {error}") from error
 
@@ -167,7 +237,7 @@ def _holds_object(value: Any) -> bool:
     return isinstance(value, Mapping) or (isinstance(value, list) and any(_holds_object(item) for item in value))
 
 
-def _normalise(row: Row, index: int, kind: str, root: Path, as_messages: bool) -> dict[str, Any]:
+def _normalise(row: Row, index: int, kind: str, places: Places, as_messages: bool) -> dict[str, Any]:
     made = {key: value for key, value in row.items() if key not in ("image", *IMAGE_COLUMNS, "conversations")}
     made["id"] = str(index) if row.get("id") is None else str(row["id"])
     if row.get("conversations") is not None:
@@ -185,17 +255,35 @@ def _normalise(row: Row, index: int, kind: str, root: Path, as_messages: bool) -
     for column in ("chosen", "rejected", "completion"):
         if made.get(column) is not None:
             made[column] = named_column(column, index, row, response_text, made[column])
+    for column, value in made.items():
+        named_column(column, index, row, _check_text, column)
+        named_column(column, index, row, _check_text, value)
     for column in IMAGE_COLUMNS:
         if column == "images" or column in row:
-            entries = image_entries(row, column)
-            made[column] = [named_column(column, index, row, _image_entry, entry, root) for entry in entries]
+            entries = named_column(column, index, row, image_entries, row, column)
+            made[column] = [named_column(column, index, row, _image_entry, entry, places) for entry in entries]
     return made
 
 
-def _image_entry(entry: Any, root: Path) -> dict[str, Any]:
-    if isinstance(entry, Image.Image) or (isinstance(entry, Mapping) and entry.get("bytes") is not None):
+def _check_text(value: Any) -> None:
+    """ValueError where a text cannot be written down: JSON's escapes can make halves of characters."""
+    try:
+        if not isinstance(value, str):
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        elif not value.isascii():
+            value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"it holds half a character (a surrogate, {error.object[error.start]!r}): remove it"
+        ) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _image_entry(entry: Any, places: Places) -> dict[str, Any]:
+    if in_memory(entry):
         return {"bytes": image_bytes(entry), "path": None}
-    return {"bytes": None, "path": str(image_path(entry, root))}
+    return {"bytes": None, "path": str(places.find(entry))}
 
 
 def _first_question(conversation: Any) -> str:

@@ -4,9 +4,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from PIL import Image
-
-from aspo.folder import IMAGE_COLUMNS, check_image, image_entries, image_path
+from aspo.folder import IMAGE_COLUMNS
+from aspo.images import check_image, image_entries
 from aspo.sentences import check_spans
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -31,7 +30,9 @@ def validate_rows(dataset: Iterable[Row], kind: str = "preference") -> None:
         for column in IMAGE_COLUMNS:
             named_column(column, index, row, _check_images, row, column)
         if kind == "unpaired" and not isinstance(row["label"], bool):
-            raise bad_row(index, row, "label", f"it is {row['label']!r}; it must be true (desirable) or false")
+            raise bad_row(
+                index, row, "label", f"it is {short_repr(row['label'])}; it must be true (desirable) or false"
+            )
         if kind == "unpaired" and not named_column("completion", index, row, response_text, row["completion"]).strip():
             raise bad_row(index, row, "completion", "it is empty: drop the row")
         if kind == "unpaired" and IMAGE_PLACEHOLDER in response_text(row["completion"]):
@@ -41,6 +42,7 @@ def validate_rows(dataset: Iterable[Row], kind: str = "preference") -> None:
         if kind == "preference":
             _check_responses(index, row)
             named_column("negative_log_q", index, row, _check_numbers, row.get("negative_log_q"), None)
+            alternatives = named_column("chosen_alternative_ids", index, row, _items, row.get("chosen_alternative_ids"))
             if row.get("negative_log_q") is not None and len(row["negative_log_q"]) != len(
                 image_entries(row, "negative_images")
             ):
@@ -51,10 +53,12 @@ def validate_rows(dataset: Iterable[Row], kind: str = "preference") -> None:
                     f"{len(row['negative_log_q'])} values for the row's "
                     f"{len(image_entries(row, 'negative_images'))} negative_images: draw them again (`aspo negatives`)",
                 )
-            if any(type(token) is not int or token < 0 for token in row.get("chosen_alternative_ids") or ()):
+            if any(type(token) is not int or token < 0 for token in alternatives):
                 raise bad_row(index, row, "chosen_alternative_ids", "token ids are integers, 0 or more")
             if row.get("unfinished") not in (None, True, False):
-                raise bad_row(index, row, "unfinished", f"it is {row['unfinished']!r}; it must be true or false")
+                raise bad_row(
+                    index, row, "unfinished", f"it is {short_repr(row['unfinished'])}; it must be true or false"
+                )
             if row.get("chosen_alternative_ids") is not None and row.get("negative_images"):
                 raise bad_row(index, row, "chosen_alternative_ids", "it has negative_images too: drop one of them")
             has = row.get("chosen_similarity") is not None
@@ -64,8 +68,10 @@ def validate_rows(dataset: Iterable[Row], kind: str = "preference") -> None:
                 )
             scored = (index, has) if scored is None else scored
         weight = row.get("sample_weight")
-        if weight is not None and not (isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0):
-            raise bad_row(index, row, "sample_weight", f"it is {weight!r}; it must be a finite number, 0 or more")
+        if weight is not None and not (_is_number(weight) and weight >= 0):
+            raise bad_row(
+                index, row, "sample_weight", f"it is {short_repr(weight)}; it must be a finite number, 0 or more"
+            )
 
 
 def response_text(value: Any) -> str:
@@ -75,16 +81,22 @@ def response_text(value: Any) -> str:
     if isinstance(value, Mapping):
         role = value.get("role", value.get("from"))
         if role not in ("assistant", "gpt"):
-            raise ValueError(f"a response message of role {role!r}; only the assistant's are responses")
+            raise ValueError(f"a response message of role {short_repr(role)}; only the assistant's are responses")
         content = value.get("content", value.get("value"))
         if isinstance(content, str):
             return content
-        if isinstance(content, Sequence) and all(part.get("type") in ("text", "image") for part in content):
+        if isinstance(content, Sequence) and all(map(_is_part, content)):
             return "".join(part["text"] if part["type"] == "text" else IMAGE_PLACEHOLDER for part in content)
         raise ValueError("a response message must hold text and images only")
-    if isinstance(value, Sequence) and len(value) == 1:
+    if isinstance(value, Sequence) and len(value) == 1 and isinstance(value[0], str | Mapping):
         return response_text(value[0])
     raise ValueError(f"a response must be a text or one assistant message, got {short_repr(value)}")
+
+
+def _is_part(part: Any) -> bool:
+    """Whether a message part is a text or an image."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    return kind == "image" or (kind == "text" and isinstance(part.get("text"), str))
 
 
 def image_marks(prompt: Any) -> int:
@@ -105,9 +117,13 @@ def _check_prompt(row: Row) -> None:
         if prompt[-1]["role"] == "assistant":
             raise ValueError("it ends with an assistant message; move its text into the responses")
         parts = [p for m in prompt for p in ([m["content"]] if isinstance(m["content"], str) else m["content"])]
+        for part in (p for p in parts if isinstance(p, Mapping)):
+            if part.get("type") not in ("text", "image"):
+                kind = short_repr(part.get("type"))
+                raise ValueError(f"a message part of type {kind}: only 'text' and 'image' are supported")
+            if not isinstance(part.get("text") or "", str):
+                raise ValueError(f"a message part's text is {short_repr(part['text'])}; it must be a text")
         texts = [p if isinstance(p, str) else p.get("text") or "" for p in parts]
-        if unknown := {p.get("type") for p in parts if isinstance(p, Mapping)} - {"text", "image"}:
-            raise ValueError(f"a message part of type {unknown.pop()!r}: only 'text' and 'image' are supported")
     else:
         raise ValueError(f"it must be a text or a list of messages with role and content, got {short_repr(prompt)}")
     images, marks = len(image_entries(row)), image_marks(prompt)
@@ -128,9 +144,6 @@ def _is_message(value: Any) -> bool:
 
 def _check_images(row: Row, column: str = "images") -> None:
     for entry in image_entries(row, column):
-        in_memory = isinstance(entry, Image.Image) or (isinstance(entry, Mapping) and entry.get("bytes") is not None)
-        if not in_memory and not (path := image_path(entry, None)).is_file():
-            raise ValueError(f"no image file {path}: check the path, or say where relative paths start (image_root)")
         check_image(entry)
 
 
@@ -168,17 +181,33 @@ def _check_responses(index: int, row: Row) -> None:
 def _check_similarity(values: Any, spans: Any) -> None:
     if spans is None:
         raise ValueError("it needs the sentences that it belongs to (`aspo score` writes similarities with theirs)")
-    if len(values) != len(spans):
+    if len(_items(values)) != len(spans):
         raise ValueError(f"{len(values)} values for {len(spans)} sentences; make them again")
-    for n, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"value {n} is {value!r}; it must be a finite number")
+    _check_numbers(values, None)
+
+
+def _items(values: Any) -> Sequence[Any]:
+    """A list of a row; none is an empty one."""
+    if values is None:
+        return ()
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+        raise ValueError(f"it is {short_repr(values)}; it must be a list")
+    return values
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _check_numbers(values: Any, least: float | None) -> None:
-    for n, value in enumerate(values or ()):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"value {n} is {value!r}; it must be a finite number")
+    for n, value in enumerate(_items(values)):
+        if not _is_number(value):
+            raise ValueError(f"value {n} is {short_repr(value)}; it must be a finite number")
         if least is not None and value < least:
             raise ValueError(f"value {n} is {value}; it must be at least {least:g}")
 
@@ -186,8 +215,8 @@ def _check_numbers(values: Any, least: float | None) -> None:
 def _check_scores(spans: Any, text: str) -> None:
     """[start, end, value] in order, apart, and within the text."""
     before = 0
-    for n, span in enumerate(spans or ()):
-        if not isinstance(span, Sequence) or len(span) != 3:
+    for n, span in enumerate(_items(spans)):
+        if isinstance(span, str) or not isinstance(span, Sequence) or len(span) != 3:
             raise ValueError(f"entry {n} is {short_repr(span)}; it must be [start, end, score]")
         _check_numbers(span, None)
         if not before <= span[0] < span[1] <= len(text):
@@ -208,7 +237,7 @@ def named_column(column: str, index: int, row: Row, function: Callable[..., Any]
 
 def bad_row(index: int, row: Row, column: str, what: str) -> ValueError:
     """The error that names a row and a column."""
-    name = f" (id {row['id']!r})" if row.get("id") is not None else ""
+    name = f" (id {short_repr(row['id'])})" if row.get("id") is not None else ""
     return ValueError(f"row {index}{name}, column {column!r}: {what}")
 
 

@@ -15,6 +15,8 @@ def check_integer(**tensors: Tensor) -> None:
     for name, value in tensors.items():
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise ValueError(f"{name} must hold integers, got {value.dtype}")
+        if not value.dtype.is_signed:  # -100 would be another number, 156 in uint8
+            raise ValueError(f"{name} must hold integers with a sign, got {value.dtype}")
 
 
 def check_shapes(layout: SentenceLayout) -> None:

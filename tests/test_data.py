@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import aspo.data
+import aspo.images
 from aspo.data import Collator, encode_prompt, encode_response, generation_inputs, load_rows
 
 PROCESSOR = tiny_processor()
@@ -125,7 +126,7 @@ def test_mixed_batch_of_rows_with_two_one_and_no_images():
 
 def test_images_are_decoded_once(monkeypatch):
     rows, seen = tiny_rows(3), []
-    monkeypatch.setattr(aspo.folder, "_open_image", lambda entry, root: seen.append(entry) or entry)
+    monkeypatch.setattr(aspo.images, "_decoded", lambda entry, root: seen.append(entry) or entry)
     Collator(PROCESSOR)(rows)
     assert [id(entry) for entry in seen] == [id(row["images"][0]) for row in rows]
 
@@ -180,7 +181,7 @@ def test_truncation_says_so_once(caplog):
             {},
             "row 'row-1': a message part of type 'video'",
         ),
-        ({"images": ["/no/such.png"]}, {}, "row 'row-1': image /no/such.png cannot be read"),
+        ({"images": ["/no/such.png"]}, {}, "row 'row-1': no image file /no/such.png"),
         ({"chosen": ""}, {}, "row 'row-1': column 'chosen': the response is empty"),
         ({"chosen": "It is <image>."}, {}, "row 'row-1': the response holds the image token"),
         ({"chosen_sentences": [[0, 3]]}, {}, "row 'row-1': .*the sentences end at character 3"),

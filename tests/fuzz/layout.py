@@ -11,7 +11,8 @@ from torch import Tensor
 
 from aspo_kernels import SentenceLayout
 from aspo_kernels.layout import IGNORE_INDEX
-from tests.fuzz.guard import refusal
+
+from .guard import refusal
 
 INTEGERS = ("int64", "int64", "int64", "int32", "int16", "uint8")
 DTYPES = (*INTEGERS, "bool", "float32", "complex64")

@@ -8,7 +8,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from aspo.sentences import check_spans, sentences_without_tokens, split_sentences, token_sentences
-from tests.fuzz.guard import refusal
+
+from .guard import refusal
 
 PIECES = (
     *("Dr. ", "e.g. ", "U.S. ", "Fig. 3 ", "a.m. ", "J. R. ", "v1.2.3", "$3.50 ", "1. ", "- ", "1) ", "(a) "),
