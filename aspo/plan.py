@@ -1,4 +1,5 @@
-"""`aspo plan`: what a training step will need, and what fits, before any weight is loaded (`aspo.step_memory`)."""
+"""`aspo plan`: what a training step will need, and what fits, before any weight is loaded (`aspo.step_memory`); what a
+whole job on many GPUs will hold, send, take and cost (`aspo.scaling`)."""
 
 from __future__ import annotations
 
@@ -7,33 +8,49 @@ import dataclasses
 from typing import Any
 
 import torch
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
 from aspo.config import AspoConfig
 from aspo.lengths import PromptLength
 from aspo.model import base_model, resolve_model
+from aspo.scaling.architectures import ARCHITECTURES, IMAGE_TOKENS
+from aspo.scaling.hardware import GPUS, Cluster, named_gpu
+from aspo.scaling.job import make_plan
+from aspo.scaling.report import report
+from aspo.scaling.sharding import STRATEGIES
 from aspo.step_memory import Memory, Step, meta_model, predict
 
 MIB = 2**20
 MARGIN = 0.9  # of a device's memory that a suggestion fills: allocators round up and leave holes
 DESCRIPTION = """Say what a training step will need, without loading weights.
 
-  aspo plan --model llava-hf/llava-1.5-7b-hf --response-tokens 512 --pairs 2 --dtype bfloat16 --memory 80
+  aspo plan --model llava-hf/llava-1.5-7b-hf --response-tokens 512 --dtype bfloat16 --memory 80
   aspo plan --model world --response-tokens 30 --images 1
+  aspo plan --model llava-1.5-7b --response-tokens 256 --gpus 64 --gpu h100 --strategy fsdp2 --pairs 1000000 --bf16
 
 Prints the predicted peak memory and its parts, the tokens that sharing the prompt saves, and the largest batch and
-token budget that fit into --memory."""
+token budget that fit into --memory. With --gpus: what each GPU holds and sends, how long a step and the whole job take,
+what it costs, and what is in the way. Those times follow from published figures of the GPU and the stated shares of
+them; they are no measurement (docs/scaling.md)."""
+SMALLEST = {"response_tokens": 1, "prompt_tokens": 1, "per_device_train_batch_size": 1, "image_size": 1, "images": 0}
+FIGURES = {
+    "memory": "GB", "tflops": "TFLOP/s in bf16, dense", "hbm": "TB/s of its memory",
+    "nvlink": "GB/s to GPUs of its node, one direction", "network": "Gbit/s to other nodes, one direction",
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `aspo plan`."""
     parser.description = DESCRIPTION
-    parser.add_argument("--model", required=True, help="folder or hub name of the start model; 'world' = embedded")
+    named = ", ".join(ARCHITECTURES)
+    parser.add_argument(
+        "--model", required=True, help=f"folder or hub name of the start model; 'world' = embedded; no hub: {named}"
+    )
     parser.add_argument("--response-tokens", type=int, required=True, help="tokens of a response")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="text tokens of a prompt (64)")
     parser.add_argument("--images", type=int, default=1, help="images of a prompt (1)")
     parser.add_argument("--image-size", type=int, help="pixels of an image's side (the vision tower's own, else 336)")
-    parser.add_argument("--pairs", type=int, default=2, help="pairs in a batch (2)")
+    parser.add_argument("--per_device_train_batch_size", type=int, default=2, help="pairs in a batch of one device (2)")
     parser.add_argument("--dtype", help="weights' type, as in aspo train")
     parser.add_argument("--bf16", action="store_true", help="mixed precision in bfloat16")
     parser.add_argument("--no_use_lora", action="store_true", help="full fine-tuning (with a frozen vision tower)")
@@ -42,33 +59,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precompute_ref_log_probs", action="store_true", help="no reference is run or held")
     parser.add_argument("--no_shared_prefix", action="store_true", help="prompt and image for each response")
     parser.add_argument("--memory", type=float, help="GiB of the device, to say what fits")
+    _add_job_arguments(parser)
+
+
+def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
+    job = parser.add_argument_group("a job on many GPUs")
+    job.add_argument("--gpus", type=int, help="how many; the options below are for them")
+    job.add_argument("--gpus_per_node", type=int, default=8, help="8")
+    job.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)} (h100)")
+    job.add_argument("--strategy", default="ddp", help=f"{', '.join(STRATEGIES)} (ddp)")
+    job.add_argument(
+        "--dp_shard_size", type=int, help="fsdp2: GPUs that divide one copy among them (all); a node's: HSDP"
+    )
+    job.add_argument("--pairs", type=int, help="pairs of the whole job")
+    job.add_argument("--num_train_epochs", type=float, default=1.0, help="passes over the pairs (1)")
+    job.add_argument("--price", type=float, help="of a GPU-hour, in your money")
+    for name, unit in FIGURES.items():
+        job.add_argument(f"--gpu_{name}", type=float, help=f"{unit}, in the place of the maker's figure")
+    for field in dataclasses.fields(Cluster):
+        if field.default is not dataclasses.MISSING and field.name != "gpus_per_node":
+            kind = type(field.default)
+            job.add_argument(f"--{field.name}", type=kind, default=field.default, help=f"assumed ({field.default})")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `aspo plan`."""
-    for name in ("response_tokens", "prompt_tokens", "pairs", "image_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    if args.images < 0:
-        raise ValueError(f"--images is {args.images}; it must be 0 or more")
+    for name, least in SMALLEST.items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            flag = name if name.startswith("per_device") else name.replace("_", "-")
+            raise ValueError(f"--{flag} is {getattr(args, name)}; it must be {least} or more")
     if args.memory is not None and args.memory <= 0:
         raise ValueError(f"--memory is {args.memory:g} GiB; it must be positive")
-    config = AspoConfig(
-        output_dir="unused", use_cpu=True, dtype=args.dtype, use_lora=not args.no_use_lora, lora_r=args.lora_r
-    )
-    model = meta_model(args.model, config)
-    own_size = getattr(getattr(base_model(model).config, "vision_config", None), "image_size", None)
-    size = args.image_size or (own_size if isinstance(own_size, int) else 336)
+    if args.gpus is None and args.pairs is not None:
+        raise ValueError(
+            f"--pairs {args.pairs} is the whole job's and wants --gpus; a batch's are --per_device_train_batch_size"
+        )
+    if args.gpus is not None:
+        return _run_job(args)
+    config = _settings(args, args.dtype)
+    model = meta_model(_named(args.model), config)
+    size = _image_size(args, base_model(model).config)
     image_tokens = _image_tokens(args.model, args.images, size)
-    step = Step(
-        args.pairs,
-        args.prompt_tokens + image_tokens,
-        args.response_tokens,
-        not args.no_shared_prefix,
-        args.precompute_ref_log_probs,
-        torch.bfloat16 if args.bf16 else None,
-        args.activation_checkpointing,
-    )
+    step = _step(args, image_tokens)
     images = (args.images, size)
     memory = predict(model, step, *images)
     reference = 0 if config.use_lora or step.cached_reference else memory.weights  # a frozen copy
@@ -78,10 +110,70 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run_job(args: argparse.Namespace) -> int:
+    if args.pairs is None:
+        raise ValueError("--gpus is given, but not --pairs: how many pairs the job has")
+    if args.memory is not None:
+        raise ValueError(f"--memory {args.memory:g} is for one device; a GPU's with --gpus is --gpu_memory, in GB")
+    if not args.bf16 and args.dtype != "bfloat16":
+        raise ValueError("the GPUs' peaks are bfloat16's: plan with --bf16 (mixed precision) or --dtype bfloat16")
+    if not args.num_train_epochs > 0:
+        raise ValueError(f"--num_train_epochs is {args.num_train_epochs:g}; it must be positive")
+    gpu = named_gpu(args.gpu, **{name: getattr(args, f"gpu_{name}") for name in FIGURES})
+    own = {f.name: getattr(args, f.name) for f in dataclasses.fields(Cluster) if f.name != "gpu"}
+    model = _named(args.model)
+    config = AutoConfig.from_pretrained(resolve_model(model)) if isinstance(model, str) else model
+    size = _image_size(args, config)
+    image_tokens = _image_tokens(args.model, args.images, size)
+    on_gpu = args.dtype or ("float32" if args.no_use_lora else "bfloat16")  # as `aspo train` keeps weights there
+    plan = make_plan(
+        config, _settings(args, on_gpu), _step(args, image_tokens), Cluster(gpu, **own), args.strategy, args.pairs,
+        shards=args.dp_shard_size, images=(args.images, size), image_tokens=image_tokens,
+    )  # fmt: skip
+    print(report(plan, args.price))
+    return 0
+
+
+def _settings(args: argparse.Namespace, dtype: str | None) -> AspoConfig:
+    return AspoConfig(
+        output_dir="unused", use_cpu=True, dtype=dtype, use_lora=not args.no_use_lora, lora_r=args.lora_r,
+        precompute_ref_log_probs=args.precompute_ref_log_probs, num_train_epochs=args.num_train_epochs,
+    )  # fmt: skip
+
+
+def _step(args: argparse.Namespace, image_tokens: int) -> Step:
+    return Step(
+        args.per_device_train_batch_size,
+        args.prompt_tokens + image_tokens,
+        args.response_tokens,
+        not args.no_shared_prefix,
+        args.precompute_ref_log_probs,
+        torch.bfloat16 if args.bf16 else None,
+        args.activation_checkpointing,
+    )
+
+
+def _named(name: str) -> Any:
+    """What `meta_model` takes first."""
+    return ARCHITECTURES[name][0]() if name in ARCHITECTURES else name
+
+
+def _image_size(args: argparse.Namespace, config: Any) -> int:
+    if args.model in ARCHITECTURES:
+        size = ARCHITECTURES[args.model][1]
+        if args.image_size not in (None, size):
+            raise ValueError(f"--image-size is {args.image_size}, but {args.model} is planned with {size} pixels")
+        return size
+    own_size = getattr(getattr(config, "vision_config", None), "image_size", None)
+    return args.image_size or (own_size if isinstance(own_size, int) else 336)
+
+
 def _image_tokens(name: str, images: int, size: int) -> int:
     """Tokens that a prompt's images become."""
     if not images:
         return 0
+    if name in ARCHITECTURES:
+        return images * IMAGE_TOKENS
     processor = AutoProcessor.from_pretrained(resolve_model(name))
     if not hasattr(processor, "image_processor"):
         raise ValueError(f"--images is {images}, but {name} reads text only: pass --images 0")

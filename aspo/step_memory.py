@@ -2,8 +2,9 @@
 
 The step is run on tensors without memory (torch's FakeTensorMode): the real model class, adapters, attention routes
 and autograd, so that what is kept for the backward is known and not guessed. Every storage that an operator makes is
-counted until it is freed. What is not run is the optimiser (AdamW: two numbers a trained parameter, and one more while
-it steps) and the head's kernels (their one row a token and their tiles).
+counted until it is freed, and the operations of its matrix products and convolutions. What is not run is the optimiser
+(AdamW: two numbers a trained parameter, and one more while it steps) and the head's kernels (their one row a token and
+their tiles; 2 N H V operations a pass, docs/performance.md).
 Axes: B pairs, R rows, T columns of the grid, N counted tokens, H hidden size.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from transformers import AutoConfig
 
 from aspo.config import AspoConfig
@@ -51,6 +53,26 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of a step: two for each multiplication and addition of a matrix product.
+
+    Attention counts every query against every key of its call, seen or not. What is not a product (norms, activation
+    functions, the optimiser), the projector and the embeddings are left out.
+    """
+
+    vision: int = 0  # the tower's forward, once an image
+    reference: int = 0  # of the language model
+    forward: int = 0
+    backward: int = 0  # with what checkpointing runs again
+    head: int = 0  # policy and reference
+
+    @property
+    def total(self) -> int:
+        """Of the step."""
+        return self.vision + self.reference + self.forward + self.backward + self.head
+
+
+@dataclasses.dataclass(frozen=True)
 class Memory:
     """Bytes. `peak` is the step's; the others are what is alive there, or could be (`backward`: the rest)."""
 
@@ -61,6 +83,8 @@ class Memory:
     head: int  # kept for the backward by the head
     peak: int
     workspace: int = 0  # of the head's kernels while they run; in `peak` where that is the moment
+    running: int = 0  # the most that forward and backward hold beside weights and optimiser state
+    flops: Flops = Flops()
 
     @property
     def backward(self) -> int:
@@ -69,11 +93,11 @@ class Memory:
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of the storages that operators make inside, while they live: `live` now, `peak` at most."""
+    """Bytes of the storages that operators make inside, while they live: `live` now, `peak` at most; `flops` so far."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.flops = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -81,6 +105,11 @@ class Allocations(TorchDispatchMode):
         for leaf in pytree.tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self.add(leaf)
+        packet = func.overloadpacket
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        elif packet in ATTENTION_PRODUCTS:
+            self.flops += _attention_flops(packet, *args)
         return out
 
     def add(self, tensor: Tensor) -> None:
@@ -103,12 +132,29 @@ class Allocations(TorchDispatchMode):
         self.live -= size
 
 
+# Attention of a CPU, which torch's registry of operations does not know, and its matrix products.
+ATTENTION_PRODUCTS: dict[Any, int] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 2,  # q k, p v
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: 5,  # q k again, and a gradient of each operand
+}
+
+
+def _attention_flops(packet: Any, *args: Any) -> int:
+    """(..., H, S_q, D) queries and (..., H, S_k, D) keys, after the gradient in a backward."""
+    products = ATTENTION_PRODUCTS[packet]
+    query, key = args[0:2] if products == 2 else args[1:3]
+    return products * 2 * query.numel() * key.shape[-2]
+
+
 # ---- the model without memory ----
 
 
-def meta_model(name: str, args: AspoConfig) -> Any:
-    """The policy that `args` make of a model, its configuration alone read: parameters on the meta device."""
-    config = AutoConfig.from_pretrained(resolve_model(name))
+def meta_model(model: str | Any, args: AspoConfig) -> Any:
+    """The policy that `args` make of a model, its configuration alone read: parameters on the meta device.
+
+    model: as in `load_model`, or a transformers configuration.
+    """
+    config = AutoConfig.from_pretrained(resolve_model(model)) if isinstance(model, str) else model
     with torch.device("meta"):
         model = auto_class(config).from_config(
             config, dtype=parse_dtype(args.weights_dtype()), attn_implementation=args.attn_implementation
@@ -150,10 +196,12 @@ def faked(model: nn.Module) -> Iterator[FakeTensorMode]:
 # ---- the step ----
 
 
-def predict(model: Any, step: Step, images: int = 0, image_size: int = 0) -> Memory:
+def predict(model: Any, step: Step, images: int = 0, image_size: int = 0, drop_gradients: bool = False) -> Memory:
     """Run a step on a meta model (`meta_model`) without memory.
 
     images: of each pair, square ones of `image_size` pixels, for the frozen tower's features (0: left out).
+    drop_gradients: each gradient is freed where it is made, as it is where gradients are kept in shards; `peak` and
+    `trained` are then those of one process no more.
     """
     outer, tree = base_model(model), step.tree()
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
@@ -167,27 +215,37 @@ def predict(model: Any, step: Step, images: int = 0, image_size: int = 0) -> Mem
         outer.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     with faked(model), Allocations() as counter:
         counter.ignore(*model.parameters(), *model.buffers())
+        if drop_gradients:
+            for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+                parameter.register_post_accumulate_grad_hook(_drop)
         with torch.autocast("cpu", step.autocast, enabled=step.autocast is not None):
             features = _features(outer, step.pairs * images, image_size)
-            vision = counter.live
+            vision, vision_flops = counter.live, counter.flops
             if not step.cached_reference:
                 adapter_off = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
                 with torch.no_grad(), adapter_off:
                     _hidden(outer, tree, attention)
-            before = counter.live
+            before, reference_flops = counter.live, counter.flops - vision_flops
             hidden = _hidden(outer, tree, attention, wants_grad=step.checkpointing)
-            activations = counter.live - before
+            activations, forward_flops = counter.live - before, counter.flops - vision_flops - reference_flops
             rows = hidden.flatten(0, 1)[torch.zeros(2 * step.pairs * step.response, dtype=torch.long)]
             kept = torch.empty_like(rows)  # what the head keeps to the backward
             loss = (rows * kept).sum()
-            at_head = counter.live
+            at_head, before_backward = counter.live, counter.flops
             del hidden
         loss.backward()
         del features
     head, workspace = _head_memory(outer, rows)
-    running = max(counter.peak, at_head + workspace) - _bytes(kept) + head + 2 * trained
+    running = max(counter.peak, at_head + workspace) - _bytes(kept) + head
     stepping = 4 * trained  # AdamW: gradient, two moments, and a temporary while it steps
-    return Memory(weights, 3 * trained, vision, activations, head, weights + max(running, stepping), workspace)
+    peak = weights + max(running + 2 * trained, stepping)
+    head_flops = _head_flops(outer, rows, head, not step.cached_reference)
+    flops = Flops(vision_flops, reference_flops, forward_flops, counter.flops - before_backward, head_flops)
+    return Memory(weights, 3 * trained, vision, activations, head, peak, workspace, running, flops)
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -230,3 +288,12 @@ def _head_memory(outer: Any, rows: Tensor) -> tuple[int, int]:
         return _bytes(rows), workspace
     stored, budget = 2 * rows.shape[0] * head.shape[0], 4 * head.numel()
     return _bytes(rows) + (stored if stored <= budget else 0) + _bytes(head), workspace
+
+
+def _head_flops(outer: Any, rows: Tensor, kept: int, with_reference: bool) -> int:
+    """Passes of 2 N H V: two for a frozen head, three for a trainable one (four where it is run again), the
+    reference's one."""
+    head = output_head(outer).weight
+    stored = kept > _bytes(rows) + _bytes(head)
+    passes = 2 if not head.requires_grad else 3 if stored else 4
+    return (passes + with_reference) * 2 * rows.shape[0] * head.numel()
