@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, CLIPModel
 
+from aspo.lazy import Lazy
 from aspo.model import resolve_device
 
 TEXT_BATCH = 256  # windows in one pass of the text tower
@@ -46,31 +47,24 @@ class LazyScorer:
     """The scorer that `load(name, device)` gives, loaded when it is first used, and anew in a process it is sent to."""
 
     def __init__(self, load: Callable[[str, Any], Scorer], name: str, device: Any = None) -> None:
-        self._how = (load, name, device)
-        self._scorer: Scorer | None = None
+        self._scorer = Lazy(load, name, device)
 
-    @property
-    def _loaded(self) -> Scorer:
-        if self._scorer is None:
-            load, name, device = self._how
-            self._scorer = load(name, device)
-        return self._scorer
+    def check(self) -> None:
+        """Load it now: what cannot be loaded is said before anything is written."""
+        self._scorer()
 
     @property
     def identity(self) -> str:
         """See `Scorer`."""
-        return self._loaded.identity
+        return self._scorer().identity
 
     def image_features(self, images: Sequence[Image.Image]) -> Tensor:
         """See `Scorer`."""
-        return self._loaded.image_features(images)
+        return self._scorer().image_features(images)
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """See `Scorer`."""
-        return self._loaded.text_features(texts)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return LazyScorer, self._how
+        return self._scorer().text_features(texts)
 
 
 class TokenisedText(NamedTuple):

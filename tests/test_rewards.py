@@ -411,9 +411,9 @@ def test_analysis_of_two_models(tmp_path, capsys):
 def test_answers_of_other_rows_are_not_taken(world, tmp_path):
     verifier = Verifier(FakeScorer(circle=0.4), load_vocabulary("world:shapes"))
     rows = load_rows("world:calibration", kind="prompt", limit=4)
-    answers = answer_rows(*world, rows, verifier, tmp_path / "a.jsonl", batch_size=4, max_new_tokens=24)
+    answers = answer_rows(lambda: world, rows, verifier, tmp_path / "a.jsonl", batch_size=4, max_new_tokens=24)
     assert all(len(x["words"]) > 0 for x in answers) and judged_scores(answers)[0]
     with pytest.raises(ValueError, match="holds answers to other rows"):
-        answer_rows(*world, rows.select([1, 0]), verifier, tmp_path / "a.jsonl")
+        answer_rows(lambda: world, rows.select([1, 0]), verifier, tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"hallucinated object words were found|does not separate"):
         calibration_of(answers, verifier, 0.0, "fake", None)

@@ -16,12 +16,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from aspo import shards
+from aspo.lazy import Lazy
 from aspo.model import load_model
 from aspo.resume import write_json
 from aspo.rewards.calibrate import Answered, Panel, answer_rows, histogram, judged_scores, load_verifier
 from aspo.rewards.token_scores import begin
 from aspo.rewards.verifier import Verifier, auc, compare_towers, ranks
-from aspo.scores import progress_bar, score_rows
+from aspo.scores import score_rows
 from aspo.sentences import split_sentences
 from aspo.validate import response_text
 
@@ -166,21 +168,18 @@ def _level(right: Sequence[float], wrong: Sequence[float]) -> dict[str, Any]:
 
 def run_analysis(args: argparse.Namespace) -> int:
     """`aspo rewards --analyse`: what the scores of --model's and of --after's answers to the --calibrate rows say."""
-    rows, verifier = load_verifier(args)
+    engine = shards.Engine.of(args)
+    device = engine.processes.device_for(args.device)
+    rows, verifier = load_verifier(args, device)
     names = ("method", "model", "after", "scorer", "objects", "template", "calibrate", "calibrate_limit", "temperature",
              "max_new_tokens", "seed", "batch_size", "dtype", "analyse")  # fmt: skip
-    begin(args.out, {name: getattr(args, name) for name in names}, free=("after",))
-    result: dict[str, Any] = {"scorer": args.scorer, "template": verifier.template, "rows": args.calibrate}
-    panels: list[Panel] = []
+    begin(args.out, {name: getattr(args, name) for name in names}, engine.processes, free=("after",))
+    answered: dict[str, tuple[Lazy[Any], list[Answered]]] = {}
     for name, source in {"before": args.model, "after": args.after}.items():
-        if source is None:
-            continue
-        model, processor = load_model(source, args.dtype, device=args.device)
-        with progress_bar() as bar:
-            task = bar.add_task(f"answering, {name}", total=len(rows))
+        if source is not None:
+            load = Lazy(load_model, source, args.dtype, device=device)
             answers = answer_rows(
-                model,
-                processor,
+                load,
                 rows,
                 verifier,
                 args.out / f"answers_{name}.jsonl",
@@ -188,12 +187,24 @@ def run_analysis(args: argparse.Namespace) -> int:
                 max_new_tokens=args.max_new_tokens,
                 temperature=args.temperature,
                 seed=args.seed,
-                progress=lambda count: bar.advance(task, count),  # noqa: B023  called within the loop only
+                title=f"answering, {name}",
+                engine=engine,
             )
-        figures, drawn = analyse(rows, answers, verifier)
-        result[name] = {"model": source, "image_tower": compare_towers(model, verifier.scorer), **figures}
-        panels += [(f"{name}: {title}", series, marks) for title, series, marks in drawn]
-    write_json(args.out / "analysis.json", result)
-    histogram(args.out / "analysis.png", panels)
-    print(json.dumps(result, indent=1))
+            answered[name] = load, answers
+
+    def compare() -> dict[str, Any]:
+        result: dict[str, Any] = {"scorer": args.scorer, "template": verifier.template, "rows": args.calibrate}
+        panels: list[Panel] = []
+        for name, (load, answers) in answered.items():
+            figures, drawn = analyse(rows, answers, verifier)
+            source = args.model if name == "before" else args.after
+            result[name] = {"model": source, "image_tower": compare_towers(load()[0], verifier.scorer), **figures}
+            panels += [(f"{name}: {title}", series, marks) for title, series, marks in drawn]
+        write_json(args.out / "analysis.json", result)
+        histogram(args.out / "analysis.png", panels)
+        return result
+
+    result = engine.processes.once("it compares the scores", compare)
+    if engine.processes.main:
+        print(json.dumps(result, indent=1))
     return 0

@@ -1,7 +1,7 @@
 """The calibration pass of token rewards: a model's own answers to rows whose truth is known, each object word judged.
 
-Answers and words are kept in `calibration.jsonl`, one line an answer, as they are made; what comes of them is
-`calibration.json` and a picture of both distributions.
+Answers and words are kept in `calibration.jsonl`, one line an answer; what comes of them is `calibration.json` and a
+picture of both distributions.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from typing import Any
 
 from torch import nn
 
-from aspo.folder import append_line, read_lines
-from aspo.generation import generate_answers
+from aspo import shards
+from aspo.folder import read_lines
+from aspo.generation import Answer, generate_answers
 from aspo.prompts import named
 from aspo.resume import write_json
 from aspo.rewards.object_words import ObjectVocabulary, ObjectWord, judge_words, load_vocabulary
 from aspo.rewards.verifier import BARE_WORD, WORLD_TEMPLATE, Calibration, ScoredWord, Verifier, calibrate
 from aspo.rows import load_rows
-from aspo.scorers import load_scorer
+from aspo.scorers import LazyScorer, load_scorer
 from aspo.validate import validate_rows
 
 ANSWERS_FILE, CALIBRATION_FILE, PLOT_FILE = "calibration.jsonl", "calibration.json", "calibration.png"
@@ -32,7 +33,7 @@ Row = Mapping[str, Any]
 Answered = dict[str, Any]  # id, text, tokens, finished, words: [[start, end, entry, similarity, right | null], ...]
 
 
-def load_verifier(args: argparse.Namespace) -> tuple[Any, Verifier]:
+def load_verifier(args: argparse.Namespace, device: Any) -> tuple[Any, Verifier]:
     """The calibration rows, and the verifier that the options name."""
     rows = load_rows(args.calibrate, kind="prompt", limit=args.calibrate_limit, image_root=args.image_root)
     validate_rows(rows, "prompt")
@@ -41,13 +42,14 @@ def load_verifier(args: argparse.Namespace) -> tuple[Any, Verifier]:
     vocabulary = load_vocabulary(args.objects, rows)
     if args.template is None:
         args.template = WORLD_TEMPLATE if args.scorer == "world" else BARE_WORD
-    return rows, Verifier(load_scorer(args.scorer, args.device), vocabulary, args.template)
+    scorer = LazyScorer(load_scorer, args.scorer, device)
+    scorer.check()
+    return rows, Verifier(scorer, vocabulary, args.template)
 
 
 def answer_rows(
-    model: nn.Module,
-    processor: Any,
-    rows: Sequence[Row],
+    load: Callable[[], tuple[nn.Module, Any]],
+    rows: Any,
     verifier: Verifier,
     path: Path,
     *,
@@ -55,38 +57,48 @@ def answer_rows(
     max_new_tokens: int = 256,
     temperature: float = 1.0,
     seed: int = 0,
-    progress: Callable[[int], None] = lambda count: None,
+    title: str = "answering",
+    engine: shards.Engine | None = None,
 ) -> list[Answered]:
-    """One line for each row, in the rows' order: the answer and its object words, scored and judged.
+    """One line of `path` for each row, in the rows' order: the answer and its object words, scored and judged.
 
-    Lines that `path` holds already are taken as they are; a batch is always the same rows, so that a run which goes on
-    samples what an uninterrupted one would.
+    A batch is always the same rows, so that any number of processes, stopped or not, samples what one samples. load:
+    gives model and processor. engine: who answers; all processes call this together. None = these processes.
     """
-    done = list(read_lines(path))
-    if any(line["id"] != rows[i]["id"] for i, line in enumerate(done[: len(rows)])):
-        raise ValueError(f"{path} holds answers to other rows: use another --out")
-    for start in range(0, len(rows), batch_size):
-        batch = [dict(rows[i]) for i in range(start, min(start + batch_size, len(rows)))]
-        if start + len(batch) > len(done):
-            options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+
+    def lines() -> shards.Make:
+        model, processor = load()
+
+        def make(batch: Sequence[Row], start: int) -> dict[str, list[str]]:
             answers = generate_answers(model, processor, batch, seed=seed + start, batch_size=len(batch), **options)
             scored = verifier.scores(batch, [[answer.text] for answer in answers])
-            for row, answer, words in list(zip(batch, answers, scored, strict=True))[len(done) - start :]:
-                verdicts = _verdicts(answer.text, words[0], row, verifier.vocabulary)
-                made = {
-                    "id": row["id"],
-                    "text": answer.text,
-                    "tokens": answer.num_tokens,
-                    "finished": answer.finished,
-                    "words": [
-                        [s.word.start, s.word.end, s.word.entry, s.score, right]
-                        for s, right in zip(words[0], verdicts, strict=True)
-                    ],
-                }
-                append_line(path, json.dumps(made) + "\n")
-                done.append(made)
-        progress(len(batch))
-    return done[: len(rows)]
+            made = [_answered(row, a, words[0], verifier) for row, a, words in zip(batch, answers, scored, strict=True)]
+            return {path.name: [json.dumps(line) + "\n" for line in made]}
+
+        return make
+
+    if any(line["id"] != rows[i]["id"] for i, line in enumerate(read_lines(path)) if i < len(rows)):
+        raise ValueError(f"{path} holds answers to other rows: use another --out")
+    if not shards.check_older(path.parent, path.stem, path.name, [row["id"] for row in rows]):
+        decides = {"scorer": verifier.scorer.identity, "vocabulary": verifier.vocabulary.lines, "seed": seed}
+        decides |= {"template": verifier.template, **options}
+        job = shards.Job(path.parent, path.stem, rows, decides, lines, batch_size, title=title)
+        shards.run_job(job, engine or shards.Engine(shards.Processes.current()))
+    return list(read_lines(path))[: len(rows)]
+
+
+def _answered(row: Row, answer: Answer, words: Sequence[ScoredWord], verifier: Verifier) -> Answered:
+    verdicts = _verdicts(answer.text, words, row, verifier.vocabulary)
+    return {
+        "id": row["id"],
+        "text": answer.text,
+        "tokens": answer.num_tokens,
+        "finished": answer.finished,
+        "words": [
+            [s.word.start, s.word.end, s.word.entry, s.score, right] for s, right in zip(words, verdicts, strict=True)
+        ],
+    }
 
 
 def _verdicts(text: str, words: Sequence[ScoredWord], row: Row, vocabulary: ObjectVocabulary) -> list[bool | None]:

@@ -16,7 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aspo import shards
 from aspo.folder import read_lines
+from aspo.lazy import Lazy
 from aspo.model import load_model
 from aspo.rewards.analysis import run_analysis
 from aspo.rewards.calibrate import (
@@ -33,7 +35,6 @@ from aspo.rewards.changes import score_changes
 from aspo.rewards.tldr import run_tldr
 from aspo.rewards.token_scores import COLUMNS, Spans, begin, check_apart, load_preferences, scored_summary, write_scored
 from aspo.rewards.verifier import BARE_WORD, WORLD_TEMPLATE, Calibration, Verifier, compare_towers
-from aspo.scores import progress_bar
 from aspo.validate import response_text
 
 Row = Mapping[str, Any]
@@ -87,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image-root", help="where relative image paths start (default: the folder of the rows)")
     add("--dtype", help="fisao, tldr: float32, bfloat16, float16 or auto (default: float32)")
     add("--device", help="fisao, tldr: torch device (default: the accelerator if there is one, else cpu)")
+    shards.add_arguments(parser)
 
 
 NEEDS = {
@@ -153,14 +155,17 @@ def run(args: argparse.Namespace) -> int:
 
 def run_fisao(args: argparse.Namespace) -> int:
     """Calibrate, then score --data if it is given."""
+    engine = shards.Engine.of(args)
+    device = engine.processes.device_for(args.device)
     rows = load_preferences(args) if args.data else None
-    calibration_rows, verifier = load_verifier(args)
+    calibration_rows, verifier = load_verifier(args, device)
     if rows is not None:
         check_apart(calibration_rows, rows, "--calibrate")
     names = ("method", "model", "scorer", "objects", "template", "calibrate", "calibrate_limit", "temperature",
              "max_new_tokens", "margin", "seed", "batch_size", "dtype", "image_root")  # fmt: skip
-    begin(args.out, {**{name: getattr(args, name) for name in names}, "data": args.data}, free=("data",))
-    calibration = settled_calibration(args, calibration_rows, verifier)
+    settings = {**{name: getattr(args, name) for name in names}, "data": args.data}
+    begin(args.out, settings, engine.processes, free=("data",))
+    calibration = settled_calibration(args, calibration_rows, verifier, engine)
     if rows is None:
         return 0
 
@@ -171,23 +176,28 @@ def run_fisao(args: argparse.Namespace) -> int:
             for of_row in verifier.scores(batch, texts)
         ]
 
-    write_scored(rows, score, args.out, args.batch_size)
-    print(scored_summary(args.out))
+    write_scored(rows, lambda: score, args.out, args.batch_size, {"calibration": calibration.to_json()}, engine)
+    if engine.processes.main:
+        print(scored_summary(args.out))
     return 0
 
 
 def run_changes(args: argparse.Namespace) -> int:
     """Mark the words in which the responses of --data differ."""
+    engine = shards.Engine.of(args)
     rows = load_preferences(args)
-    begin(args.out, {name: getattr(args, name) for name in ("method", "data", "image_root")})
-    write_scored(rows, score_changes, args.out, args.batch_size)
-    print(scored_summary(args.out))
+    begin(args.out, {name: getattr(args, name) for name in ("method", "data", "image_root")}, engine.processes)
+    write_scored(rows, lambda: score_changes, args.out, args.batch_size, {"method": args.method}, engine)
+    if engine.processes.main:
+        print(scored_summary(args.out))
     return 0
 
 
-def settled_calibration(args: argparse.Namespace, rows: Sequence[Row], verifier: Verifier) -> Calibration:
+def settled_calibration(
+    args: argparse.Namespace, rows: Sequence[Row], verifier: Verifier, engine: shards.Engine
+) -> Calibration:
     """The calibration in --out, or a new one; what it found is printed."""
-    path = args.out / CALIBRATION_FILE
+    path, device = args.out / CALIBRATION_FILE, engine.processes.device_for(args.device)
     if path.exists():
         calibration = Calibration.load(path)
         now = (verifier.scorer.identity, tuple(verifier.vocabulary.lines))
@@ -197,24 +207,27 @@ def settled_calibration(args: argparse.Namespace, rows: Sequence[Row], verifier:
             )
         answers: list[Answered] = list(read_lines(args.out / ANSWERS_FILE))
     else:
-        model, processor = load_model(args.model, args.dtype, device=args.device)
-        with progress_bar() as bar:
-            task = bar.add_task("calibrating", total=len(rows))
-            answers = answer_rows(
-                model,
-                processor,
-                rows,
-                verifier,
-                args.out / ANSWERS_FILE,
-                batch_size=args.batch_size,
-                max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature,
-                seed=args.seed,
-                progress=lambda count: bar.advance(task, count),
-            )
-        calibration = calibration_of(
-            answers, verifier, args.margin, args.scorer, compare_towers(model, verifier.scorer)
+        load = Lazy(load_model, args.model, args.dtype, device=device)
+        answers = answer_rows(
+            load,
+            rows,
+            verifier,
+            args.out / ANSWERS_FILE,
+            batch_size=args.batch_size,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            seed=args.seed,
+            title="calibrating",
+            engine=engine,
         )
-        write_calibration(args.out, calibration, answers)
-    print(summary(calibration, answers))
+
+        def conclude() -> None:
+            towers = compare_towers(load()[0], verifier.scorer)
+            made = calibration_of(answers, verifier, args.margin, args.scorer, towers)
+            write_calibration(args.out, made, answers)
+
+        engine.processes.once("it calibrates", conclude)
+        calibration = Calibration.load(path)
+    if engine.processes.main:
+        print(summary(calibration, answers))
     return calibration

@@ -11,6 +11,7 @@ Axes: N tokens of a batch's captions, H hidden size.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -22,19 +23,29 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from aspo import shards
 from aspo.data import Collator
 from aspo.folder import row_name
 from aspo.generation import generate_answers
+from aspo.lazy import Lazy
 from aspo.model import inference, load_model, output_head, trunk_hidden
 from aspo.policy import LoraOptions, add_lora, disable_dropout
 from aspo.resume import write_json
 from aspo.rewards.object_words import IRREGULAR_PLURALS, ObjectVocabulary, ObjectWord, judge_words, load_vocabulary
-from aspo.rewards.token_scores import COLUMNS, begin, check_apart, load_preferences, scored_summary, write_scored
+from aspo.rewards.token_scores import (
+    COLUMNS,
+    Score,
+    begin,
+    check_apart,
+    load_preferences,
+    scored_summary,
+    write_scored,
+)
 from aspo.rewards.verifier import auc
 from aspo.rows import load_rows
 from aspo.scores import progress_bar
 from aspo.shared_prefix.forward import batch_to
-from aspo.training_state import checkpoints, load_checkpoint, save_checkpoint
+from aspo.training_state import ADAPTER_FILE, checkpoints, load_checkpoint, save_checkpoint
 from aspo.validate import response_text, validate_rows
 from aspo.world.language import describe
 from aspo.world.scenes import COLOURS, SHAPES, Scene
@@ -116,6 +127,7 @@ class TokenJudge:
         self.policy = add_lora(model, LoraOptions())
         disable_dropout(self.policy)
         self.policy.eval()
+        self.processor = processor
         self.head_params, self.collator = output_head(self.policy), Collator(processor, responses=("chosen",))
         self.device = self.head_params.weight.device
         self.head = nn.Linear(1 + 2 * self.head_params.weight.shape[1], 1, device=self.device)
@@ -253,7 +265,12 @@ def measure_answers(
 
 
 def run_tldr(args: argparse.Namespace) -> int:
-    """Train the judge, or take the one in --out; then score --data."""
+    """Train the judge, or take the one in --out; then score --data.
+
+    The first process trains and measures, while the others wait; each reads the last checkpoint then.
+    """
+    engine = shards.Engine.of(args)
+    device = engine.processes.device_for(args.device)
     rows = load_preferences(args)
     captions = load_rows(args.train, kind="prompt", limit=args.train_limit, image_root=args.image_root)
     validate_rows(captions, "prompt")
@@ -261,19 +278,40 @@ def run_tldr(args: argparse.Namespace) -> int:
     vocabulary = load_vocabulary(args.objects, captions)
     names = ("method", "model", "objects", "train", "train_limit", "epochs", "learning_rate", "seed", "batch_size",
              "max_new_tokens", "dtype", "image_root", "data")  # fmt: skip
-    begin(args.out, {name: getattr(args, name) for name in names})
+    begin(args.out, {name: getattr(args, name) for name in names}, engine.processes)
     to_train, to_measure = held_out(captions)
-    model, processor = load_model(args.model, args.dtype, device=args.device)
-    judge = TokenJudge(model, processor, args.learning_rate, args.seed)
-    train(judge, to_train, vocabulary, args)
-    if not (args.out / FIGURES_FILE).exists():
-        figures = {"base": judge.base, **measure(judge, to_measure, vocabulary, args.seed, args.batch_size)}
+
+    def trained() -> TokenJudge:
+        model, processor = load_model(args.model, args.dtype, device=device)
+        judge = TokenJudge(model, processor, args.learning_rate, args.seed)
+        train(judge, to_train, vocabulary, args)
+        return judge
+
+    judge = Lazy(trained)
+
+    def settle() -> None:
+        if (args.out / FIGURES_FILE).exists() and checkpoints(args.out):
+            return
+        figures = {"base": judge().base, **measure(judge(), to_measure, vocabulary, args.seed, args.batch_size)}
         if {"scene", "objects"} & set(captions.column_names):
-            figures |= measure_answers(judge, processor, to_measure, vocabulary, args)
-        save_file(judge.head.state_dict(), args.out / HEAD_FILE, {"base": repr(judge.base)})
-        judge.policy.save_pretrained(str(args.out))
+            figures |= measure_answers(judge(), judge().processor, to_measure, vocabulary, args)
+        save_file(judge().head.state_dict(), args.out / HEAD_FILE, {"base": repr(judge().base)})
+        judge().policy.save_pretrained(str(args.out))
         write_json(args.out / FIGURES_FILE, figures)
-    print((args.out / FIGURES_FILE).read_text(encoding="utf-8"), end="")
+
+    engine.processes.once("it trains the head", settle)
+    if engine.processes.main:
+        print((args.out / FIGURES_FILE).read_text(encoding="utf-8"), end="")
+    weights = [(args.out / name).read_bytes() for name in (HEAD_FILE, ADAPTER_FILE)]
+    decides = {"weights": hashlib.sha256(b"".join(weights)).hexdigest(), "vocabulary": vocabulary.lines}
+    write_scored(rows, lambda: scoring(judge(), vocabulary), args.out, args.batch_size, decides, engine)
+    if engine.processes.main:
+        print(scored_summary(args.out))
+    return 0
+
+
+def scoring(judge: TokenJudge, vocabulary: ObjectVocabulary) -> Score:
+    """The judge's rewards of the object words of a batch."""
 
     def score(batch: Sequence[Row]) -> list[dict[str, Spans]]:
         scored: list[dict[str, Spans]] = [{} for _ in batch]
@@ -285,6 +323,4 @@ def run_tldr(args: argparse.Namespace) -> int:
                 of_row[column] = [(w.start, w.end, judge.reward(x)) for w, x in pairs if math.isfinite(x)]
         return scored
 
-    write_scored(rows, score, args.out, args.batch_size)
-    print(scored_summary(args.out))
-    return 0
+    return score

@@ -7,17 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aspo import shards
 from aspo.evaluation.judges import image_hash
-from aspo.folder import ROWS_FILE, append_row, image_entries, read_lines, row_name
+from aspo.folder import ROWS_FILE, image_entries, read_lines, row_line, row_name
 from aspo.resume import check_settings, write_json
 from aspo.rows import load_rows
-from aspo.scores import progress_bar
 from aspo.validate import validate_rows
 
 SETTINGS_FILE = "settings.json"
+JOB = "rewards"  # the name of its shards
 COLUMNS = ("chosen", "rejected")
 Row = Mapping[str, Any]
 Spans = Sequence[tuple[int, int, float]]  # [start, end, r]
+Score = Callable[[Sequence[Row]], Sequence[Mapping[str, Spans]]]  # of each row, by column
 
 
 def load_preferences(args: argparse.Namespace) -> Any:
@@ -40,33 +42,44 @@ def check_apart(known_rows: Sequence[Row], rows: Sequence[Row], flag: str) -> No
             )
 
 
-def begin(out: Path, settings: Mapping[str, Any], free: tuple[str, ...] = ()) -> None:
+def begin(out: Path, settings: Mapping[str, Any], processes: shards.Processes, free: tuple[str, ...] = ()) -> None:
     """Note the settings of a command's folder; ValueError where it was begun with others or by something else.
 
     free: settings that may be given later (None before).
     """
     path = out / SETTINGS_FILE
-    there = "rows" if (out / ROWS_FILE).exists() else None
+    there = "rows" if (out / ROWS_FILE).exists() or (out / shards.SHARDS_FOLDER).exists() else None
     check_settings(path, settings, "aspo rewards", there, later=free)
-    write_json(path, settings)
+    processes.once("", lambda: write_json(path, settings))
 
 
 def write_scored(
-    rows: Sequence[Row], score: Callable[[Sequence[Row]], Sequence[Mapping[str, Spans]]], out: Path, batch_size: int
+    rows: Any,
+    load: Callable[[], Score],
+    out: Path,
+    batch_size: int,
+    decides: Mapping[str, Any],
+    engine: shards.Engine,
 ) -> None:
-    """Append the rows with `<column>_token_scores` that `out` does not hold yet, batch by batch."""
-    there = [line["id"] for line in read_lines(out / ROWS_FILE)]
-    if any(there[i] != rows[i]["id"] for i in range(min(len(there), len(rows)))):
-        raise ValueError(f"{out / ROWS_FILE} holds other rows than --data: use another --out")
-    with progress_bar() as bar:
-        task = bar.add_task("scoring", total=len(rows))
-        for start in range(0, len(rows), batch_size):
-            batch = [dict(rows[i]) for i in range(start, min(start + batch_size, len(rows)))]
-            if start + len(batch) > len(there):
-                made = list(zip(batch, score(batch), strict=True))
-                for row, spans in made[max(len(there) - start, 0) :]:
-                    append_row(out, {**row, **{f"{name}_token_scores": list(value) for name, value in spans.items()}})
-            bar.advance(task, len(batch))
+    """The rows with `<column>_token_scores` in `out`, batch by batch.
+
+    load: gives what scores a batch. decides: what the scores depend on besides the rows, as JSON.
+    """
+
+    def lines() -> shards.Make:
+        score = load()
+
+        def make(batch: Sequence[Row], start: int) -> dict[str, list[str]]:
+            made = []
+            for row, spans in zip(batch, score(batch), strict=True):
+                columns = {f"{name}_token_scores": list(value) for name, value in spans.items()}
+                made.append(row_line(out, {**row, **columns}))
+            return {ROWS_FILE: made}
+
+        return make
+
+    if not shards.check_older(out, JOB, ROWS_FILE, rows["id"]):
+        shards.run_job(shards.Job(out, JOB, rows, decides, lines, batch_size, title="scoring"), engine)
 
 
 def scored_summary(out: Path) -> str:

@@ -32,15 +32,17 @@ def noted_of(job: Job) -> dict[str, Any] | None:
 
 
 def is_assembled(job: Job, noted: Mapping[str, Any], keys: Sequence[str]) -> bool:
-    """Whether the files of these very shards are there. Those that were changed since are left as they are."""
+    """Whether the files of these very shards are there. A rows.jsonl that another command changed is left as it is."""
     if noted["keys"] != list(keys):
         return False
-    now = {file: _hash(job.folder / file) for file in noted["files"]}
-    return all(now[file] not in {None, before} - {after} for file, (before, after) in noted["files"].items())
+    if not job.replaces and _changed_rows(job, noted):
+        return True
+    own = ((file, now) for file, (_, now) in noted["files"].items() if file not in job.added)
+    return all(_hash(job.folder / file) == now for file, now in own)
 
 
 def check_replaced(job: Job, noted: Mapping[str, Any] | None) -> None:
-    """Raises ValueError where a new assembly would lose rows, or what others made of the files."""
+    """Raises ValueError where a new assembly would lose rows, or what others made of them."""
     if job.replaces or noted is None:
         return
     if lost := set(noted["ids"]) - set(_ids(job)):
@@ -48,11 +50,19 @@ def check_replaced(job: Job, noted: Mapping[str, Any] | None) -> None:
             f"{job.folder} holds {len(lost)} rows that would be lost, e.g. {row_name({'id': min(lost)})}: use another "
             "--out, or give them too (--data, --limit)"
         )
-    for file, hashes in noted["files"].items():
-        if file not in job.added and _hash(job.folder / file) not in (None, *hashes):
-            raise ValueError(
-                f"{job.folder / file} was changed since it was made, which new rows would undo: use another --out"
-            )
+    if _changed_rows(job, noted):
+        raise ValueError(
+            f"{job.folder / ROWS_FILE} was changed since it was made, which new rows would undo: use another --out"
+        )
+
+
+def _changed_rows(job: Job, noted: Mapping[str, Any]) -> bool:
+    """Whether rows.jsonl is whole, and another one than was there before and after it was put together."""
+    path = job.folder / ROWS_FILE
+    if ROWS_FILE not in noted["files"] or _hash(path) in (None, *noted["files"][ROWS_FILE]):
+        return False
+    with path.open("rb") as file:
+        return file.seek(0, os.SEEK_END) > 0 and file.seek(-1, os.SEEK_END) > -1 and file.read() == b"\n"
 
 
 def check_older(folder: Path, name: str, file: str, ids: Sequence[str]) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from aspo.folder import IMAGE_COLUMNS, ROWS_FILE, image_bytes, image_entries
+from aspo.folder import IMAGE_COLUMNS, ROWS_FILE, image_bytes, image_entries, image_path
 
 FORMAT = 1  # of the keys: what they are made of
 NAME_DIGITS = 24  # of the SHA-256 of an image's bytes, by which `aspo.folder` names what it stores
@@ -67,16 +67,18 @@ def _content(row: Row, folder: Path) -> dict[str, Any]:
 
 def _image_content(entry: Any, folder: Path) -> list[str]:
     """The hash of an image's bytes, and what of its place goes into the name that it is stored under."""
-    path, name = _path(entry), ""
+    path, name = _path(entry, folder), ""
     if path is not None:
-        own = path.is_relative_to(folder.absolute())
-        name = path.relative_to(folder.absolute()).as_posix() if own else path.suffix.lower()
+        own = path.is_relative_to(folder.resolve())
+        name = path.relative_to(folder.resolve()).as_posix() if own else path.suffix.lower()
     return [hashlib.sha256(image_bytes(entry, folder)).hexdigest(), name]
 
 
-def _path(entry: Any) -> Path | None:
-    path = entry.get("path") if isinstance(entry, Mapping) else None if isinstance(entry, Image.Image) else entry
-    return None if path is None else Path(path).absolute()
+def _path(entry: Any, folder: Path) -> Path | None:
+    """Where an image lies; None for one in memory."""
+    if isinstance(entry, Image.Image) or (isinstance(entry, Mapping) and entry.get("bytes") is not None):
+        return None
+    return image_path(entry, folder).resolve()
 
 
 def write_shard(path: Path, key: str, parts: Parts) -> None:
@@ -117,10 +119,10 @@ def check_images(parts: Mapping[str, Sequence[bytes]], rows: Sequence[Row], fold
     A stored file that is not is deleted: it would be taken for the image otherwise. rows: what the shard was made of;
     their own images may lie in the folder, and are left alone.
     """
-    given = {_path(entry) for row in rows for column in IMAGE_COLUMNS for entry in image_entries(row, column)}
+    given = {_path(entry, folder) for row in rows for column in IMAGE_COLUMNS for entry in image_entries(row, column)}
     for line in parts.get(ROWS_FILE, ()):
         row = json.loads(line)
-        for path in (folder.absolute() / entry for column in IMAGE_COLUMNS for entry in row.get(column, ())):
+        for path in (folder.resolve() / entry for column in IMAGE_COLUMNS for entry in row.get(column, ())):
             if not path.is_file():
                 raise Damaged(f"{path} is not there")
             named = path not in given and len(path.stem) == NAME_DIGITS
