@@ -6,6 +6,7 @@ Against one process with the whole batch, in fp64 (vocabulary) and fp32 (FSDP). 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -169,7 +170,25 @@ def test_fsdp_trains_as_one_process_does(four, storage, frozen):
             torch.testing.assert_close(got[name], gradient, rtol=2e-5, atol=1e-6)
 
 
-# --- the example ---
+# --- the docs and the example ---
+
+
+def run_docs(code: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("init_process_group", "destroy_process_group"):
+            patch.setattr(torch.distributed, name, lambda *_: None)
+        exec(code, {"__name__": "__main__"})
+
+
+def test_the_docs_run(four):
+    """The sections of this page that are about the loss, one after the other in four processes."""
+    text = (Path(__file__).parents[1] / "docs" / "parallel.md").read_text()
+    sections = re.findall(r"^(## [^\n]+\n.*?)(?=^## |\Z)", text, flags=re.S | re.M)
+    names = ("Long sequences", "A head spread over processes", "Both, on a mesh", "A head that FSDP2 stores")
+    told = [section for section in sections if section.startswith(tuple(f"## {name}\n" for name in names))]
+    blocks = [block for section in told for block in re.findall(r"```python\n(.*?)```", section, flags=re.S)]
+    assert len(told) == 4 and len(blocks) == 5
+    four.run(run_docs, "\n".join(blocks))
 
 
 def test_the_example():

@@ -31,6 +31,7 @@ from aspo_kernels import (
     sentence_dpo_loss,
     token_logps,
 )
+from aspo_kernels.sequence import _share_tokens
 
 HIDDEN, VOCABULARY = 6, 23
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -333,10 +334,18 @@ def run_compiled() -> None:
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
 
 
+def run_opcheck() -> None:
+    """Schema, fake, autograd registration and tracing of the operator, as torch tests them."""
+    shard = SequenceShard.even(7)
+    values = noise(2, shard.tokens.numel(), seed=dist.get_rank()).requires_grad_()
+    torch.library.opcheck(_share_tokens, (values, shard.tokens, 7, True, shard.group_name))
+
+
 def test_compiles_as_one_graph(ranks):
     if ranks.size > 2:
         pytest.skip("takes seconds, and 2 processes say as much")
     ranks.run(run_compiled)
+    ranks.run(run_opcheck)
 
 
 def columns_of_context_parallel() -> list[int]:
