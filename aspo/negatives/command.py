@@ -136,7 +136,8 @@ def _job_of_pool(
             about = (out, options, data, embeddings.scorer.identity, ids, own, pool)
             engine.processes.once("it trains the autoencoder", lambda: train_autoencoder(*about, _begun(out)))
             sae = load_sae(out / SAE_FILE, data.pool.device)[0]
-            decides["autoencoder"] = hashlib.sha256((out / SAE_FILE).read_bytes()).hexdigest()
+            weights = b"".join(value.cpu().numpy().tobytes() for _, value in sorted(sae.state_dict().items()))
+            decides["autoencoder"] = hashlib.sha256(weights).hexdigest()
     position = {n: k for k, n in enumerate(places)}
 
     def make(batch: Sequence[Row], start: int) -> dict[str, list[str]]:
