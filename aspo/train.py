@@ -14,9 +14,8 @@ import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser, ProgressCallback, TrainingArguments
 
 from aspo.config import LORA_DEFAULTS, AspoConfig
@@ -25,8 +24,10 @@ from aspo.folder import IMAGE_COLUMNS
 from aspo.meters import Progress
 from aspo.model import load_model, resolve_model
 from aspo.objective_options import OBJECTIVE_OPTIONS
+from aspo.recipes.recipe import command_parser
 from aspo.resume import Interrupt, differences, is_complete, last_checkpoint, write_json
 from aspo.trainer import AspoTrainer
+from aspo.yaml_files import flag_values, read_yaml
 
 DESCRIPTION = """Train a model on preference pairs.
 
@@ -134,10 +135,7 @@ def _tidy(action: argparse.Action, hidden: bool) -> None:
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """A YAML file's options. Raises ValueError naming a key that is no option."""
-    try:
-        options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+    options = read_yaml(path) or {}
     if not isinstance(options, Mapping):
         raise ValueError(f"{path} must hold `option: value` lines, not a {type(options).__name__}")
     known = [option.name for option in dataclasses.fields(AspoConfig)]
@@ -152,10 +150,8 @@ def as_flags(options: Mapping[str, Any]) -> list[str]:
     """Options as command-line flags, so that a file's values are read as the flags' are (YAML reads 1e-5 as text)."""
     flags: list[str] = []
     for key, value in options.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        flags += [f"--{key}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+        if value is not None:
+            flags += [f"--{key}", *flag_values(key, value)]
     return flags
 
 
@@ -163,13 +159,12 @@ def parse_config(args: argparse.Namespace) -> AspoConfig:
     """The AspoConfig of parsed arguments, over those of --config."""
     given = {key: value for key, value in vars(args).items() if key != "config"}
     if getattr(args, "config", None):
-        parser = argparse.ArgumentParser(prog=str(args.config), exit_on_error=False)
-        add_arguments(parser)
+        parser = command_parser("train")
         from_file = read_config(args.config)
         nulls = {key: None for key, value in from_file.items() if value is None}
         try:
             parsed = vars(parser.parse_args(as_flags(from_file)))
-        except argparse.ArgumentError as error:
+        except (argparse.ArgumentError, ValueError) as error:
             raise ValueError(f"{args.config}: {error}") from None
         given = {**nulls, **{key: value for key, value in parsed.items() if key != "config"}, **given}
     for key, what in (
@@ -179,7 +174,14 @@ def parse_config(args: argparse.Namespace) -> AspoConfig:
     ):
         if not given.get(key):
             raise ValueError(f"--{key} is missing: {what}")
-    return AspoConfig(**given)
+    hints = get_type_hints(AspoConfig)
+    for key, value in given.items():
+        if value is None and type(None) not in get_args(hints[key]):
+            raise ValueError(f"--{key} is null: give it a value, or leave it out")
+    try:
+        return AspoConfig(**given)
+    except (TypeError, KeyError, AttributeError, OverflowError) as error:  # transformers' own, over values of ours
+        raise ValueError(f"the options cannot be used together: {type(error).__name__}: {error}") from error
 
 
 def run(args: argparse.Namespace) -> int:

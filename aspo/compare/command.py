@@ -21,8 +21,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from aspo.compare.grid import as_key, run_grid, tries
 from aspo.compare.notes import not_given, note_opening, unlike
 from aspo.compare.plan import (
@@ -39,6 +37,7 @@ from aspo.compare.table import analyse, markdown, write_all
 from aspo.compare.work import is_done, read_counts, single_thread_environment, start_worker, task_name, work
 from aspo.recipes.command import Planned
 from aspo.recipes.recipe import require_known
+from aspo.yaml_files import read_yaml
 
 SEEDS = 8
 QUICK = {"prompts": 48, "max_steps": 3, "systems": 2, "seeds": 2, "scenes": 32}
@@ -187,8 +186,8 @@ def read_chosen(path: Path, systems: Sequence[System]) -> dict[str, dict[str, An
     """Every system's settings. Raises ValueError where the file or a system is missing."""
     if not path.is_file():
         raise ValueError(f"there is no {path}: choose settings with --grid first, or name a file with --chosen")
-    chosen = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    if not isinstance(chosen, Mapping):
+    chosen = read_yaml(path) or {}
+    if not isinstance(chosen, Mapping) or not all(isinstance(s, Mapping | None) for s in chosen.values()):
         raise ValueError(f"{path} must hold `system: {{setting: value}}` lines")
     for system in systems:
         require_known(system.name, chosen, f"{path}: no settings for")

@@ -24,15 +24,13 @@ import dataclasses
 import difflib
 import importlib
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from aspo import cli
+from aspo.yaml_files import flag_values, parse_yaml, read_yaml
 
 DATA_COMMANDS = ("pairs", "score", "negatives", "rewards", "controls")
 FINAL_COMMANDS = ("train", "online")
@@ -74,10 +72,7 @@ class Recipe:
 
 def read_mapping(path: Path) -> Mapping[Any, Any]:
     """What a YAML file of `key: value` lines holds. Raises ValueError for anything else."""
-    try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+    read = read_yaml(path)
     if not isinstance(read, Mapping):
         raise ValueError(f"{path} must hold `key: value` lines, not a {type(read).__name__}")
     return read
@@ -178,7 +173,7 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ValueError(f"--set {text!r} is not key=value, such as train.max_steps=2")
-        settings[key] = yaml.safe_load(value)
+        settings[key] = parse_yaml(value, f"--set {text!r}")
     return settings
 
 
@@ -282,8 +277,7 @@ def arguments(step: Step, model: str, data: str, out: Path, seed: int, rows: str
     for name, value in {**given, "data": data, **options, "out": str(out)}.items():
         if value is None or value is False:
             continue
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        line += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+        line += [f"--{name}", *([] if value is True else flag_values(name, value))]
     return line
 
 
