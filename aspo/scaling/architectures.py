@@ -11,10 +11,10 @@ from typing import Any
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2_5_VLConfig
 
 
-def _llava(**text: int) -> LlavaConfig:
+def _llava(**text: Any) -> LlavaConfig:
     vision = CLIPVisionConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-        patch_size=14, projection_dim=768, vocab_size=32_000,
+        patch_size=14, projection_dim=768,
     )  # fmt: skip
     return LlavaConfig(vision_config=vision, text_config=LlamaConfig(vocab_size=32_064, **text))
 

@@ -7,6 +7,7 @@ assumption that the user may set.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 GB, GBIT, TERA = 1e9, 1e9 / 8, 1e12
 MARGIN = 0.9  # of a device's memory that may be planned: allocators round up and leave holes, NCCL has buffers
@@ -106,8 +107,8 @@ def named_gpu(name: str, **figures: float | None) -> Gpu:
     """
     if name not in GPUS:
         raise ValueError(f"gpu is {name!r}; choose one of {', '.join(GPUS)}, and set what differs (--gpu_memory, ...)")
-    own = {key: value for key, value in figures.items() if value is not None}
+    own: dict[str, Any] = {key: value for key, value in figures.items() if value is not None}
     for key, value in own.items():
         if value <= 0:
             raise ValueError(f"gpu_{key} is {value:g}; it must be positive")
-    return replace(GPUS[name], **own, **({"source": "set by hand"} if own else {}))
+    return replace(GPUS[name], **own | ({"source": "set by hand"} if own else {}))

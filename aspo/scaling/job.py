@@ -144,10 +144,10 @@ class Plan:
 
     @property
     def around_hours(self) -> float:
-        """Beside the steps: every node reads the weights in bf16 once; a checkpoint every save_steps, written by each
-        node in shards, or by one where nothing is in shards."""
+        """Beside the steps: every node reads the weights in bf16 once; a checkpoint every save_steps, which one process
+        writes, whole (configs/accelerate/fsdp2.yaml asks for that); ZeRO's are written by all."""
         disk = self.cluster.storage * 1e9
-        writers = 1 if self.strategy == "ddp" else self.cluster.nodes
+        writers = self.cluster.nodes if self.strategy.startswith("zero") else 1
         saves = self.steps // max(int(self.args.save_steps), 1)
         return (2 * self.parameters / disk + saves * self.saved / (disk * writers)) / 3600
 

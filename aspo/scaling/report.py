@@ -69,10 +69,14 @@ def advice(plan: Plan) -> list[str]:
     (first, most), (second, next_most) = plan.in_the_way[:2]
     if first == "memory":
         return [f"in the way: memory. {lift(plan, first)}"]
-    return [
+    lines = [
         f"in the way: {first}, {most:.3f} s a step; next: {second}, at {next_most / most:.0%} of that.",
         lift(plan, first),
     ]
+    if (share := plan.around_hours / plan.hours[1]) > 0.2:
+        ways = "--save_steps larger, fsdp_state_dict_type SHARDED_STATE_DICT, faster storage"
+        lines.append(f"checkpoints and reading the weights are {share:.0%} of the job: {ways}.")
+    return lines
 
 
 def lift(plan: Plan, what: str) -> str:

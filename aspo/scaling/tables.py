@@ -26,7 +26,7 @@ from aspo.step_memory import Memory, Step
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 PAIRS, TEXT, RESPONSE, A_GPU = 1_000_000, 64, 256, 2
 GPU, SIZES = "h100", (8, 64, 512)
-Table = tuple[Sequence[str], list[Sequence[str]]]
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 def settings(lora: bool) -> AspoConfig:
@@ -114,8 +114,8 @@ def memory_table() -> Table:
 def time_table() -> Table:
     """A step and a job of PAIRS pairs."""
     header = ("model", "trains", "GPUs", "how", "pairs a step", "sent in the node, GB", "to other nodes, GB",
-              "compute, s", "network, s", "step, s", "1000 pairs an hour", "hours", "of them loading, saving", "GPU-hours",
-              "in the way; next")  # fmt: skip
+              "compute, s", "network, s", "step, s", "1000 pairs an hour", "hours",
+              "of them loading, saving", "GPU-hours", "in the way; next")  # fmt: skip
     rows = []
     for model, lora, gpus, p in cases():
         head = (model, "LoRA" if lora else "all", str(gpus), how(p))
@@ -129,7 +129,8 @@ def time_table() -> Table:
             *head, f"{p.batch:,}", f"{sum(t.sent - t.across for t in p.sends) / GB:,.2f}",
             f"{sum(t.across for t in p.sends) / GB:,.2f}", f"{seconds['compute']:.2f}", f"{network:.2f}",
             f"{fast:.2f} to {slow:.2f}", f"{3.6 * p.batch / slow:,.0f} to {3.6 * p.batch / fast:,.0f}",
-            f"{p.hours[0]:.1f} to {p.hours[1]:.1f}", f"{p.around_hours:.2f}", f"{p.hours[0] * gpus:,.0f} to {p.hours[1] * gpus:,.0f}",
+            f"{p.hours[0]:.1f} to {p.hours[1]:.1f}", f"{p.around_hours:.2f}",
+            f"{p.hours[0] * gpus:,.0f} to {p.hours[1] * gpus:,.0f}",
             f"{first}; {second} ({after / most:.0%})",
         ))  # fmt: skip
     return header, rows
