@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 T = TypeVar("T")
 
@@ -21,9 +22,9 @@ def inside(module: nn.Module, function: Callable[..., T], *args: Any, inner: nn.
     """function(*args), run as the forward of a module that is called as any caller would call it.
 
     module: what is called, wrapped or not. inner: the module inside the wrapper whose forward is stood in for (None:
-    `module` itself). Within `function` the module has its own forward again. What function returned comes back as it
-    was: FSDP's mixed precision casts a module's outputs, and log-probabilities in bfloat16 would be worth nothing. Its
-    hooks sit on those very tensors.
+    `module` itself). Within `function` the module has its own forward again. What it returned comes back as it passed the
+    module's hooks, but for its dtype: FSDP's mixed precision casts outputs, and log-probabilities in bfloat16 would be
+    worth nothing. Then function's own tensors come back, on which FSDP's hooks sit.
     """
     inner = module if inner is None else inner
     own = vars(inner).get("forward")  # accelerate may have set one on the instance
@@ -42,10 +43,11 @@ def inside(module: nn.Module, function: Callable[..., T], *args: Any, inner: nn.
 
     inner.forward = stand_in  # type: ignore[assignment]
     try:
-        module(*args)
+        hooked = module(*args)
     finally:
         give_back()
-    return found[0]
+    dtypes = [[t.dtype for t in pytree.tree_leaves(value) if isinstance(t, Tensor)] for value in (hooked, found[0])]
+    return hooked if dtypes[0] == dtypes[1] else found[0]
 
 
 def summed(values: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:

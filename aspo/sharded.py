@@ -19,12 +19,18 @@ from torch import Tensor, nn
 
 from aspo.model import base_model
 from aspo.policy import vision_tower
+from aspo.processes import summed_tensor
 from aspo_kernels import objectives
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether a process holds a part of the model only, so that a forward needs all of them, and a wrapped model."""
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    return accelerator.distributed_type == DistributedType.FSDP or is_deepspeed(accelerator)
+
+
+def is_deepspeed(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed trains; with use_cpu accelerate does not say so in its distributed_type."""
+    return getattr(accelerator.state, "deepspeed_plugin", None) is not None
 
 
 def check_sharding(
@@ -83,23 +89,36 @@ def _layers(decoder: nn.Module) -> Iterator[nn.Module]:
     yield from max(lists, key=len, default=nn.ModuleList())
 
 
-def gather_vision(model: nn.Module) -> None:
-    """Under ZeRO-3: all that images run through whole in every process from here on (see `keep_vision_whole`)."""
-    in_shards: list[Any] = [p for p in image_parameters(model, frozen=True) if hasattr(p, "ds_id")]
-    for parameter in in_shards:
-        parameter.ds_persist = True  # what small tensors are: never given back
-    if in_shards:
-        in_shards[0].all_gather(in_shards)
+def check_images_alike(accelerator: Accelerator, model: nn.Module, has_images: bool) -> None:
+    """Under ZeRO-3: raise ValueError in all processes where some of their batches have images and some have none.
+
+    Its shards are gathered module by module in the order of a forward, and a vision tower that is left out of one
+    process's forward cannot be kept whole as FSDP's is. A collective call, in this case alone.
+    """
+    if not in_zero3(model) or vision_tower(model) is None:
+        return
+    with_images = int(summed_tensor(torch.tensor(int(has_images)), accelerator))
+    if with_images not in (0, accelerator.num_processes):
+        raise ValueError(
+            f"{with_images} of {accelerator.num_processes} processes have a batch with images, the others have none: "
+            "under ZeRO-3 the others would wait for ever. Use FSDP2 (configs/accelerate/fsdp2.yaml), DDP or ZeRO-2, "
+            "which take such batches, or rows that all have images or all have none"
+        )
 
 
-def image_parameters(model: nn.Module, frozen: bool = False) -> list[nn.Parameter]:
-    """What only images use: the vision tower's and projector's parameters that train; with `frozen` all of them."""
+def in_zero3(model: nn.Module) -> bool:
+    """Whether ZeRO-3 has the model's parameters in shards."""
+    return any(hasattr(p, "ds_id") for p in model.parameters())
+
+
+def image_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What only images use: the parameters of the vision tower and projector that train."""
     outer = base_model(model)
     if vision_tower(model) is None:
         return []
     of_text = [outer.get_decoder(), outer.get_input_embeddings(), outer.get_output_embeddings()]
     used = {id(p) for module in of_text if module is not None for p in module.parameters()}
-    return [p for p in outer.parameters() if id(p) not in used and (frozen or p.requires_grad)]
+    return [p for p in outer.parameters() if id(p) not in used and p.requires_grad]
 
 
 def with_image_gradients(value: Tensor, model: nn.Module) -> Tensor:
@@ -109,7 +128,8 @@ def with_image_gradients(value: Tensor, model: nn.Module) -> Tensor:
     Gradients are summed over processes tensor by tensor, and a process that has none for one would not take part.
     """
     in_group = dist.is_available() and dist.is_initialized()
-    parameters = image_parameters(model) if in_group and torch.is_grad_enabled() else []
+    wanted = in_group and torch.is_grad_enabled() and not in_zero3(model)  # see `check_images_alike`
+    parameters = image_parameters(model) if wanted else []
     return value + 0.0 * sum(p.sum() for p in parameters) if parameters else value
 
 
@@ -119,7 +139,7 @@ def prepare_reference(accelerator: Accelerator, ref_model: nn.Module) -> nn.Modu
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
         return fsdp2_prepare_model(accelerator, ref_model)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if is_deepspeed(accelerator):
         return _deepspeed_reference(accelerator, ref_model)
     return ref_model.to(accelerator.device)
 
@@ -134,5 +154,5 @@ def _deepspeed_reference(accelerator: Accelerator, ref_model: nn.Module) -> nn.M
     if config["zero_optimization"]["stage"] != 3:
         config["zero_optimization"]["stage"] = 0
     engine, *_ = deepspeed.initialize(model=ref_model, config=config)
-    gather_vision(ref_model)
-    return engine.eval()
+    engine.eval()  # which returns nothing
+    return engine

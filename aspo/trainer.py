@@ -28,7 +28,7 @@ from aspo.policy import MERGE, check_attention, check_liger, disable_dropout, lo
 from aspo.processes import inside, summed, summed_tensor
 from aspo.reference.fill import cached_reference
 from aspo.resume import SaveHistory, last_checkpoint
-from aspo.sharded import check_sharding, gather_vision, is_sharded, prepare_reference
+from aspo.sharded import check_images_alike, check_sharding, is_sharded, prepare_reference
 from aspo.shared_prefix.forward import PairForward, mean_pair_tokens, objective_inputs, parts_of, tree_inputs
 from aspo.start import (
     autocast_dtype,
@@ -185,7 +185,6 @@ class AspoTrainer(TokenBatches):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; a sharded model's step is settled here, where it is wrapped and no row is read yet."""
         model, loader = super()._prepare_for_training(*args, **kwargs)
-        gather_vision(self._policy)
         if not self._settled:
             settle = self._settle_step
             if self.ref_model is not None:
@@ -223,6 +222,8 @@ class AspoTrainer(TokenBatches):
         self._require_similarity(inputs["similarity"])
         check_roles(self.args.loss_type, self.objective, inputs["layout"])
         policy = self._policy
+        has_images = any("pixel" in name for part in parts_of(inputs) for name in part["model_inputs"])
+        check_images_alike(self.accelerator, policy, has_images)
         forward = PairForward(
             policy,
             self._reference,

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from aspo.config import AspoConfig
 from aspo.data import Collator, Row
-from aspo.model import inference, output_head, trunk_hidden
+from aspo.model import head_module, inference, output_head, trunk_hidden
+from aspo.processes import inside
 from aspo.shared_prefix.attention import routes_to_try, set_text_attention, with_route
 from aspo.shared_prefix.forward import batch_to, counted_logps, counted_rows, tree_inputs
 from aspo_kernels import SentenceLayout
@@ -63,7 +64,7 @@ def settle_sharing(
             return "mask"
         for route in routes:
             with_route(model, route)
-            with torch.autocast(output_head(model).weight.device.type, autocast, enabled=autocast is not None):
+            with torch.autocast(next(model.parameters()).device.type, autocast, enabled=autocast is not None):
                 reason = check_tree(model, collator, rows, route, autocast)
             if reason is None:
                 if not shared and args.shared_prefix == "auto":
@@ -92,7 +93,7 @@ def check_tree(
     left_out = ["negative_images", *(f"{c}_images" for c in collator.responses)]
     left_out += [f"ref_{c}_logps" for c in collator.responses]
     rows = [{name: value for name, value in row.items() if name not in left_out} for row in rows]
-    device = output_head(model).weight.device
+    device = next(model.parameters()).device
     with inference(model):
         batch, expected_batch = batch_to(collator(rows), device), batch_to(plain(rows), device)
         if batch["tree"].is_plain:
@@ -104,7 +105,7 @@ def check_tree(
             moved = _logps(model, _other_chosen(batch), route)
         except (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError) as error:
             return f"the model cannot run it ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    dtype = output_head(model).weight.dtype if autocast is None else autocast
+    dtype = next(head_module(model).parameters()).dtype if autocast is None else autocast
     rounding = ROUNDINGS.get(dtype, 1) * torch.finfo(dtype).eps * expected.abs().max()
     tolerance = NOISE_FACTOR * torch.maximum(noise, rounding)
     reasons = []
@@ -125,7 +126,9 @@ def _logps(model: nn.Module, batch: Mapping[str, Any], route: str) -> Tensor:
     """(N,) log-probabilities of a batch on the model's device."""
     inputs = tree_inputs(model, batch["model_inputs"], batch["tree"], route)
     rows = counted_rows(trunk_hidden(model, inputs), batch["layout"])
-    return counted_logps(output_head(model), rows, None, batch["layout"])[0]
+    return inside(
+        head_module(model), lambda rows: counted_logps(output_head(model), rows, None, batch["layout"])[0], rows
+    )
 
 
 def _one_more_pad(batch: Mapping[str, Any]) -> dict[str, Any]:
