@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ COMMANDS = {
     "report": ("aspo.report", "write one HTML page about runs: curves, tables, weighted sentences"),
     "demo": ("aspo.demo", "all of the above on the embedded world, in minutes on a CPU"),
 }
+TRUST_VARIABLE = "ASPO_TRUST_REMOTE_CODE"  # read by aspo.trust, which is not imported for --help
 USAGE, INTERRUPTED = 2, 130  # exit codes: bad input; stopped with Ctrl-C
 MISSING = 'this command needs {name}, which is not installed: pip install "aspo-kernels[train]"'
 
@@ -63,7 +65,7 @@ def overview() -> str:
     lines = [f"  {name:11}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: aspo [--traceback] COMMAND [options]",
+            "usage: aspo [--traceback] [--trust_remote_code] COMMAND [options]",
             "",
             "Sentence-level preference optimisation of vision-language models.",
             "",
@@ -71,7 +73,8 @@ def overview() -> str:
             *lines,
             "",
             "`aspo COMMAND --help` tells all about one of them. Every command goes on where it was stopped when it",
-            "is run again. With --traceback an error shows where it came from, not its message alone.",
+            "is run again. With --traceback an error shows where it came from, not its message alone. With",
+            "--trust_remote_code a model may bring Python code of its own, and it is run (docs/untrusted.md).",
         ]
     )
 
@@ -79,9 +82,12 @@ def overview() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0, 2 on bad input, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    show_traceback = arguments[:1] == ["--traceback"]
-    if show_traceback:
-        arguments.pop(0)
+    given = set()
+    while arguments and arguments[0] in ("--traceback", "--trust_remote_code"):
+        given.add(arguments.pop(0))
+    show_traceback = "--traceback" in given
+    if "--trust_remote_code" in given:
+        os.environ[TRUST_VARIABLE] = "1"  # which the command's own processes inherit
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
         return 0
@@ -121,5 +127,6 @@ def _run(name: str, arguments: list[str]) -> int:
 
 
 def _one_line(error: Exception) -> str:
+    """Without line breaks, and without what a terminal would obey: parts of it come from rows and file names."""
     text = " ".join(str(error).split())
-    return text or type(error).__name__
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text) or type(error).__name__

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import is_bitsandbytes_available
 
+from aspo import trust
 from aspo.data import Collator
 from aspo.processes import inside
 from aspo_kernels import SentenceLayout, TokenKL, gather_hidden, linear_logps, linear_logps_pair, linear_token_kl
@@ -75,7 +76,7 @@ def load_model(
         load_in_4bit: linear layers in 4 bits (bitsandbytes' nf4), computing in `dtype`, as QLoRA does.
 
     Raises ValueError for a dtype that is not one, a folder without a model, an adapter whose base is missing, 4 bits
-    without CUDA or bitsandbytes.
+    without CUDA or bitsandbytes, weights that are pickles, and a model that brings code of its own (`aspo.trust`).
     """
     path = resolve_model(name_or_path)
     if (Path(path) / ADAPTER_CONFIG).is_file():
@@ -88,15 +89,15 @@ def load_model(
         raise ValueError(f"{path} holds no model: neither config.json nor {ADAPTER_CONFIG} is in it")
     target = resolve_device(device)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = trust.pretrained(AutoConfig, path)
     except OSError as error:
         raise ValueError(f"the model {path!r} is no folder here, and the hub does not give it: {error}") from error
     options: dict[str, Any] = {"dtype": parse_dtype(dtype), "attn_implementation": attn_implementation}
     if load_in_4bit:
         options |= {"quantization_config": _four_bits(target, options["dtype"]), "device_map": {"": target}}
-    model = auto_class(config).from_pretrained(path, **options)
+    model = trust.model(auto_class(config), path, **options)
     moved: Any = model if load_in_4bit else model.to(target)  # type: ignore[arg-type]
-    return moved.eval(), AutoProcessor.from_pretrained(path)
+    return moved.eval(), trust.pretrained(AutoProcessor, path)
 
 
 def auto_class(config: Any) -> Any:
@@ -134,10 +135,11 @@ def _load_adapter(
         raise ValueError(
             f"the adapter {path} belongs to {base}, which is not there; load_model(..., base=its new place)"
         )
+    trust.refuse_pickles(path, "adapter_model*.safetensors")
     model, processor = load_model(base, dtype, **options)
     model = PeftModel.from_pretrained(model, path).eval()
     has_own = any((Path(path) / name).is_file() for name in ("processor_config.json", "tokenizer_config.json"))
-    return model, AutoProcessor.from_pretrained(path) if has_own else processor
+    return model, trust.pretrained(AutoProcessor, path) if has_own else processor
 
 
 def base_model(model: nn.Module) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoProcessor
 
+from aspo import trust
 from aspo.config import AspoConfig
 from aspo.lengths import PromptLength
 from aspo.model import base_model, resolve_model
@@ -122,7 +123,7 @@ def _run_job(args: argparse.Namespace) -> int:
     gpu = named_gpu(args.gpu, **{name: getattr(args, f"gpu_{name}") for name in FIGURES})
     own = {f.name: getattr(args, f.name) for f in dataclasses.fields(Cluster) if f.name != "gpu"}
     model = _named(args.model)
-    config = AutoConfig.from_pretrained(resolve_model(model)) if isinstance(model, str) else model
+    config = trust.pretrained(AutoConfig, resolve_model(model)) if isinstance(model, str) else model
     size = _image_size(args, config)
     image_tokens = _image_tokens(args.model, args.images, size)
     on_gpu = args.dtype or ("float32" if args.no_use_lora else "bfloat16")  # as `aspo train` keeps weights there
@@ -174,7 +175,7 @@ def _image_tokens(name: str, images: int, size: int) -> int:
         return 0
     if name in ARCHITECTURES:
         return images * IMAGE_TOKENS
-    processor = AutoProcessor.from_pretrained(resolve_model(name))
+    processor = trust.pretrained(AutoProcessor, resolve_model(name))
     if not hasattr(processor, "image_processor"):
         raise ValueError(f"--images is {images}, but {name} reads text only: pass --images 0")
     marks = images  # one token each in the prompt's text, which image_tokens leaves out

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_liger_kernel_available
 
+from aspo import trust
 from aspo.config import AspoConfig
 from aspo.model import base_model, load_model
 
@@ -159,5 +160,5 @@ def load_weights(model: Any, folder: str) -> None:
     Through `from_pretrained`, which knows the names under which a model is saved. Trainer compares the bare names: of a
     LLaVA none match, and it would go on from the start weights with no more than a warning.
     """
-    saved = type(model).from_pretrained(folder, dtype=model.dtype)
+    saved = trust.model(type(model), folder, dtype=model.dtype)
     model.load_state_dict(saved.state_dict())

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple, Protocol
 
 import open_clip
@@ -23,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, CLIPModel
 
+from aspo import trust
 from aspo.lazy import Lazy
 from aspo.model import resolve_device
 
@@ -152,6 +154,7 @@ def load_scorer(name: str, device: str | torch.device | None = None) -> Scorer:
 
 def _load_open_clip(identifier: str, device: torch.device) -> Scorer:
     if Path(identifier).is_dir():
+        trust.refuse_pickles(identifier, "*.safetensors")
         identifier = f"local-dir:{identifier}"
     schema, _ = parse_model_name(identifier)
     architecture, pretrained = (identifier, "") if schema else identifier.partition("/")[::2]
@@ -161,10 +164,14 @@ def _load_open_clip(identifier: str, device: torch.device) -> Scorer:
             f"e.g. one of {open_clip.list_pretrained_tags_by_model(architecture)[:4]} or a weights file"
         )
     try:
-        model, _, preprocess = open_clip.create_model_and_transforms(architecture, pretrained=pretrained or None)
-    except RuntimeError as error:  # an unknown architecture or tag
+        with trust.unasked():
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                architecture, pretrained=pretrained or None, weights_only=True
+            )
+            tokenizer = open_clip.get_tokenizer(architecture)
+    except (RuntimeError, UnpicklingError) as error:  # an unknown architecture or tag; a file of more than tensors
         raise ValueError(f"open_clip:{identifier}: {error}") from error
-    return _open_clip_scorer(model, preprocess, open_clip.get_tokenizer(architecture), device)
+    return _open_clip_scorer(model, preprocess, tokenizer, device)
 
 
 def _open_clip_scorer(model: Any, preprocess: Any, tokenizer: Any, device: torch.device) -> Scorer:
@@ -200,11 +207,11 @@ def _open_clip_scorer(model: Any, preprocess: Any, tokenizer: Any, device: torch
 
 
 def _load_transformers(identifier: str, device: torch.device) -> Scorer:
-    config = AutoConfig.from_pretrained(identifier)
+    config = trust.pretrained(AutoConfig, identifier)
     if config.model_type != "clip":
         raise ValueError(f"transformers:{identifier} is a {config.model_type!r} model, not CLIP; others: via open_clip")
-    processor = AutoProcessor.from_pretrained(identifier)
-    model: Any = CLIPModel.from_pretrained(identifier, dtype=torch.float32)
+    processor = trust.pretrained(AutoProcessor, identifier)
+    model: Any = trust.model(CLIPModel, identifier, dtype=torch.float32, attn_implementation=None)
     return transformers_scorer(model.to(device).eval(), processor)
 
 

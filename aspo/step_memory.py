@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoConfig
 
+from aspo import trust
 from aspo.config import AspoConfig
 from aspo.model import auto_class, base_model, output_head, parse_dtype, resolve_model
 from aspo.policy import add_lora, disable_dropout, vision_tower
@@ -154,7 +155,7 @@ def meta_model(model: str | Any, args: AspoConfig) -> Any:
 
     model: as in `load_model`, or a transformers configuration.
     """
-    config = AutoConfig.from_pretrained(resolve_model(model)) if isinstance(model, str) else model
+    config = trust.pretrained(AutoConfig, resolve_model(model)) if isinstance(model, str) else model
     with torch.device("meta"):
         model = auto_class(config).from_config(
             config, dtype=parse_dtype(args.weights_dtype()), attn_implementation=args.attn_implementation

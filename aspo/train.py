@@ -18,6 +18,7 @@ from typing import Any, get_args, get_type_hints
 
 from transformers import HfArgumentParser, ProgressCallback, TrainingArguments
 
+from aspo import trust
 from aspo.config import LORA_DEFAULTS, AspoConfig
 from aspo.data import load_rows, validate_rows
 from aspo.folder import IMAGE_COLUMNS
@@ -311,6 +312,7 @@ def _checkpoint(config: AspoConfig, before: Mapping[str, Any] | None, record: Ma
         chosen = Path(str(config.resume_from_checkpoint))
         if not is_complete(chosen):
             raise ValueError(f"resume_from_checkpoint: {chosen} is no complete checkpoint")
+        trust.refuse_code(chosen, folder)
         return str(chosen)
     found = last_checkpoint(folder)
     if before is None or not (found or before["finished"]):  # nothing to go on from, nothing to lose
@@ -329,6 +331,7 @@ def _checkpoint(config: AspoConfig, before: Mapping[str, Any] | None, record: Ma
         )
     if before["finished"]:
         return FINISHED
+    trust.refuse_code(str(found), folder)
     return str(found)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import AutoProcessor
 
+from aspo import trust
 from aspo.data import load_images
 from aspo.generation import TAIL, NextSentence, cut_sentence, decode_behind
 from aspo.model import ADAPTER_CONFIG, resolve_model
@@ -36,7 +37,7 @@ class VllmSampler:
         except ModuleNotFoundError as error:
             raise ValueError(MISSING) from error
         self.options, self.with_logps = options, with_logps
-        self.processor: Any = AutoProcessor.from_pretrained(path)
+        self.processor: Any = trust.pretrained(AutoProcessor, path)
         self._parameters = vllm.SamplingParams
         one_image = {"image": 1}  # more are refused: sentences are scored against one image
         self._llm = vllm.LLM(model=path, dtype=options["dtype"], seed=options["seed"], limit_mm_per_prompt=one_image)

@@ -97,10 +97,13 @@ def load_recipe(path: str | Path) -> Recipe:
         raise ValueError(f"{path}: iterations is {iterations!r}; it must be a number from 1")
     if iterations > 1 and not read.get("data"):
         raise ValueError(f"{path}: iterations is {iterations}, but there are no data steps to repeat")
+    data = read.get("data") or ()
+    if isinstance(data, str) or not isinstance(data, Sequence):
+        raise ValueError(f"{path}: data is {str(data)[:80]!r}; it must be a list of steps")
     recipe = Recipe(
         **{key: read[key] for key in TEXTS if key in read},
         path=path,
-        data=tuple(_step(path, number, entry) for number, entry in enumerate(read.get("data") or (), start=1)),
+        data=tuple(_step(path, number, entry) for number, entry in enumerate(data, start=1)),
         final=Step(finals[0], _options(path, finals[0], read[finals[0]])),
         iterations=iterations,
         vary=read.get("vary"),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
+from aspo import trust
 from aspo.model import resolve_model
 from aspo.policy import merge_adapter
 from aspo.suite import lmms_eval, vlmevalkit
@@ -127,7 +128,7 @@ def run(
         raise ValueError(f"{EXTERNAL[suite].title} is scored by a judge: --judge URL --judge-model NAME")
     folder.mkdir(parents=True, exist_ok=True)
     path = resolve_model(model) if adapter is None else str(merge_adapter(model, adapter, folder / MERGED, dtype))
-    kind = AutoConfig.from_pretrained(path).model_type
+    kind = trust.pretrained(AutoConfig, path).model_type
     command, environment = HARNESSES[name].command(
         path, kind, task, folder, judge=judge, batch_size=batch_size, limit=limit, dtype=dtype
     )
