@@ -33,7 +33,8 @@ COMMANDS = {
     "score": ("score", "--data", "PAIRS", "--scorer", "world", "--rejected", "--batch-size", 2),
     "seva": ("pairs", *WORLD, "--temperature", 1),
     "povid": ("pairs", *WORLD, "--method", "povid", "--temperature", 1),
-    "csr": ("pairs", *WORLD, "--method", "csr", "--scorer", "world", "--candidates", 2, "--max-sentences", 2),
+    "csr": ("pairs", *WORLD, "--method", "csr", "--scorer", "world", "--candidates", 2, "--beams", 1,
+            "--max-sentences", 5),
     "sentinel": ("pairs", *WORLD, "--method", "sentinel", "--judge", "truth", "--max-sentences", 2),
     "unpaired": ("pairs", "--method", "unpaired", "--data", "PAIRS"),
     "misp": ("negatives", "--data", "PAIRS", "--scorer", "world", "--sae-steps", 20, "--latents", 8),
@@ -44,7 +45,7 @@ COMMANDS = {
               "PAIRS", "--calibrate", "world:calibration", "--calibrate-limit", 24, "--max-new-tokens", 32,
               "--batch-size", 4),
     "tldr": ("rewards", "--method", "tldr", "--model", "world", "--objects", "world", "--train", "world:calibration",
-             "--train-limit", 12, "--epochs", 2, "--data", "PAIRS", "--max-new-tokens", 24, "--batch-size", 4),
+             "--train-limit", 12, "--epochs", 2, "--data", "PAIRS", "--max-new-tokens", 24, "--batch-size", 2),
 }  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def pairs(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Few rows are several batches, and several blocks of features."""
-    monkeypatch.setattr(sources, "SELECT_ELEMENTS", 3000)
+    monkeypatch.setattr(sources, "SELECT_ELEMENTS", 20)
     monkeypatch.setattr(embeddings, "BLOCK", 4)
     monkeypatch.setattr(assembly, "PATIENCE_SECONDS", 0.5)
     for name in ("plot_grid", "plot_projection"):  # pictures take most of the time
@@ -137,14 +138,17 @@ def run(size, argv, folder, prepare=lambda rank: None):
 # ---- the same bytes ----
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+LONGER = ("povid", "csr", "sentinel", "tldr")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LONGER else ()) for n in COMMANDS])
 def test_any_number_of_processes_gives_the_same_bytes(name, pairs, tmp_path):
     for size in (1, 2, 3):
         status, printed = run(size, arguments(name, pairs, tmp_path / str(size)), tmp_path / "printed")
         assert status == [0] * size, printed
     one = tree(tmp_path / "1")
     shards = [path for path in one if path.startswith("shards/")]
-    assert len(shards) >= 4 and one["rows.jsonl"].count(b"\n") >= 4
+    assert len(shards) >= 4 and one["rows.jsonl"].count(b"\n") >= 3
     assert not [path for path in one if path.endswith((".part", ".partial"))]
     for size in (2, 3):
         other = tree(tmp_path / str(size))
@@ -473,6 +477,43 @@ def test_bad_options(pairs, tmp_path, capsys, options, message):
         assert cli.main(arguments(name, pairs, tmp_path / "out", *options)) == cli.USAGE
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["score", "seva", "crop", "changes"])
+def test_a_ray_cluster_gives_the_same_bytes(name, pairs, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("ray")
+    monkeypatch.undo()  # actors are processes of their own, in which nothing is patched
+    argv = arguments(name, pairs, tmp_path / "ray")
+    assert cli.main([*argv, "--ray", "local", "--ray-workers", "2"]) == 0
+    said = capsys.readouterr().out
+    assert cli.main(arguments(name, pairs, tmp_path / "one")) == 0
+    assert capsys.readouterr().out.replace("/one", "/ray") == said
+    assert tree(tmp_path / "ray") == tree(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_ray_goes_on_and_tells_an_actors_error(pairs, tmp_path, capsys):
+    pytest.importorskip("ray")
+    argv = [*arguments("changes", pairs, tmp_path / "out"), "--ray", "local"]
+    assert cli.main([*argv, "--ray-workers", "1000"]) == cli.USAGE
+    assert "--ray-workers is 1000, but the cluster has" in capsys.readouterr().err
+    assert cli.main(argv) == 0
+    whole = tree(tmp_path / "out")
+    for path in sorted((tmp_path / "out" / "shards" / "rewards").glob("*.jsonl"))[:2]:
+        path.unlink()
+    (tmp_path / "out" / "rows.jsonl").unlink()
+    assert cli.main(argv) == 0 and tree(tmp_path / "out") == whole
+
+    def load():
+        def make(batch, start):
+            raise ValueError(f"row {batch[0]['id']!r}: bad")
+
+        return make
+
+    job = Job(tmp_path / "bad", "test", load_rows(pairs), {}, load, 2)
+    with pytest.raises(ValueError, match=r"row '.*': bad"):
+        run_job(job, Engine(Processes.current(), shard_rows=2, ray="local", ray_workers=1))
 
 
 @pytest.mark.slow

@@ -202,7 +202,7 @@ def run(args: argparse.Namespace) -> int:
     older = DONE_FILE if (out / DONE_FILE).exists() else ROWS_FILE
     if not shards.check_older(out, JOB, older, rows["id"]):
         decides = {"method": args.method} | {name: value for name, value in options.items() if name != "device"}
-        size = options.get("batch_size", 256)
+        size = options.get("batch_size", 1)
         begin = functools.partial(write_json, out / SETTINGS_FILE, settings)
         shards.run_job(shards.Job(out, JOB, rows, decides, load, size, title="answering", begin=begin), engine)
     status = recorded(out)

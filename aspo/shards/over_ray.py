@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from aspo.lazy import Lazy
+
 MISSING = '--ray needs the package ray, which is not installed: pip install "aspo-kernels[ray]", or leave --ray out'
 Work = Callable[[int, Callable[[int], None]], None]  # (number of a shard, progress in rows)
 
@@ -24,7 +26,7 @@ def spread(
     """Do every item's work on the cluster at `address` ("local": one on this machine, for this command alone).
 
     load: gives the work in an actor, and must be something that cloudpickle can send. progress: called with 1 for each
-    item that is done. Raises ValueError where the cluster lacks what was asked for, or with an actor's own error.
+    item that is done. Raises ValueError where the cluster lacks what was asked for, and with what an actor raised.
     """
     try:
         import ray
@@ -51,33 +53,30 @@ def spread(
             compute=ray.data.ActorPoolStrategy(size=min(len(items), workers or most)),
             num_gpus=1 if gpus else None,
         )
-        for _ in done.iter_rows():
+        for row in done.iter_rows():
+            if row["error"]:
+                raise ValueError(row["error"])
             progress(1)
-    except ray.exceptions.RayError as error:
-        raise _own_error(error) from error
+    except ray.exceptions.RayError as error:  # an actor or a machine died, and Ray gave up
+        raise ConnectionError(f"Ray: {error}; what is done is kept: run the same command again") from error
     finally:
         if begun:
             ray.shutdown()
 
 
 class _Actor:
-    """One process of the cluster."""
+    """One process of the cluster. Errors come back as texts: Ray would wrap them in pages of its own."""
 
     def __init__(self, load: Callable[[], Work], folder: str) -> None:
         os.chdir(folder)  # where paths of the command line start
-        self.work = load()
+        self.load = Lazy(load)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        errors = []
         for item in batch["item"].tolist():
-            self.work(item, lambda _: None)
-        return batch
-
-
-def _own_error(error: BaseException) -> Exception:
-    """What an actor raised, without what Ray wrapped it in: bad input stays a ValueError, one line."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ValueError | OSError) and not hasattr(cause, "cause"):
-            return cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return RuntimeError(f"Ray: {error}")
+            try:
+                self.load()(item, lambda _: None)
+                errors.append("")
+            except Exception as error:
+                errors.append(str(error) or type(error).__name__)
+        return {"item": batch["item"], "error": errors}
