@@ -81,6 +81,9 @@ class AspoConfig(ObjectiveOptions, TrainingArguments):
     eval_data: str | None = field(
         default=None, metadata={"help": "Rows for the loss and rewards during training (with --eval_strategy)."}
     )
+    image_root: str | None = field(
+        default=None, metadata={"help": "Where relative image paths start. Default: the folder of the data."}
+    )
     max_length: int | None = field(
         default=2048, metadata={"help": "Most tokens of a row; only the response is ever cut."}
     )
@@ -169,6 +172,8 @@ class AspoConfig(ObjectiveOptions, TrainingArguments):
         accelerator.dispatch_batches = False  # accelerate would cut every tensor of a stream's batch along dim 0
         if accelerator.split_batches:
             raise ValueError("accelerator_config.split_batches is on: give the pairs of one process instead")
+        if self.ddp_find_unused_parameters is None and self.use_lora:
+            self.ddp_find_unused_parameters = False  # adapters are in the language model, which every batch runs
         accelerator.even_batches = False  # it repeats rows; `aspo.even_batches` deals the last ones out
         self.settle_objective()
         self._settle_lora()

@@ -7,6 +7,7 @@ that runs through the model, so that every process takes part in every collectiv
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -81,6 +82,40 @@ class RowsAndPlaceholders:
         if hasattr(self.rows, "__getitems__") and max(indices) < len(self.rows):
             return list(self.rows.__getitems__(list(indices)))
         return [self[index] for index in indices]
+
+
+class EvenStream(IterableDataset):
+    """One process's part of a stream, which every process reads whole: `batch_size` rows of each round, in order.
+
+    The last round's rows are dealt out, and a process for which none is left gets a placeholder.
+    """
+
+    def __init__(self, rows: Any, processes: int, index: int, batch_size: int, drop_last: bool) -> None:
+        self.rows, self.processes, self.index = rows, processes, index
+        self.batch_size, self.leave_out = batch_size, drop_last
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the stream, where it shuffles."""
+        if hasattr(self.rows, "set_epoch"):
+            self.rows.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        first, begin, whole = None, self.index * self.batch_size, self.processes * self.batch_size
+        for group in _rounds(self.rows, whole):
+            first = group[0] if first is None else first
+            if len(group) == whole:
+                yield from group[begin : begin + self.batch_size]
+            elif not self.leave_out:
+                cuts = range(0, len(group), self.batch_size)
+                batches = [list(range(n, min(n + self.batch_size, len(group)))) for n in cuts]
+                mine = dealt(batches, self.processes, len(group))[self.index]
+                yield from (group[n] if n < len(group) else {**first, PLACEHOLDER: True} for n in mine)
+
+
+def _rounds(rows: Any, size: int) -> Iterator[list[Any]]:
+    found = iter(rows)
+    while group := list(itertools.islice(found, size)):
+        yield group
 
 
 def with_placeholders(rows: Any, processes: int) -> Any:

@@ -309,13 +309,13 @@ def response_logps(
     collator = collator or Collator(processor, **collator_options)
     if collator.makes_trees:
         raise ValueError("response_logps reads plain batches: leave shared_prefix and padding_free off")
-    head = output_head(model)
-    device = head.weight.device
+    device = next(model.parameters()).device
     for start in range(0, len(rows), batch_size):
         batch = collator([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         inputs = {key: value.to(device) for key, value in batch["model_inputs"].items()}
         layout = batch["layout"].to(device)
         with inference(model):  # not around the yield: the caller's gradient mode is its own
             hidden = gather_hidden(trunk_hidden(model, inputs), layout)
-            logps = head.logps(hidden, layout.targets).cpu()
+            targets = layout.targets
+            logps = inside(head_module(model), lambda rows, t=targets: output_head(model).logps(rows, t), hidden).cpu()
         yield ScoredBatch(logps, batch["layout"], batch["similarity"], batch["ids"])

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from aspo.even_batches import even, with_placeholders
+from aspo.even_batches import EvenStream, even, with_placeholders
 from aspo.folder import row_name
 from aspo.lengths import Length, reading_widths, row_lengths
 
@@ -218,9 +218,15 @@ class TokenBatches(Trainer):
             return total
         return max(1, round(total / self._train_batch_size * self._rows_per_batch))
 
-    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
-        rows = with_placeholders(dataset, self.accelerator.num_processes)
-        return even(super()._get_dataloader(rows, *args, **kwargs), self.args.dataloader_drop_last)
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> DataLoader:
+        processes, drop_last = self.accelerator.num_processes, self.args.dataloader_drop_last
+        if processes > 1 and isinstance(dataset, IterableDataset):
+            if self.args.dataloader_num_workers:
+                raise ValueError("dataloader_num_workers on several processes would read a stream again: set it to 0")
+            stream = EvenStream(dataset, processes, self.accelerator.process_index, batch_size, drop_last)
+            return DataLoader(stream, batch_size, collate_fn=self.data_collator)
+        rows = with_placeholders(dataset, processes)
+        return even(super()._get_dataloader(rows, description, batch_size, *args, **kwargs), drop_last)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset

@@ -82,6 +82,15 @@ def check_unpaired(args: AspoConfig, train: Any, evaluation: Any) -> None:
     sizes = args.per_device_train_batch_size, args.per_device_eval_batch_size
     datasets = [(train, sizes[0])] if train is not None else []
     datasets += [(rows, sizes[1]) for rows in every_dataset(None, evaluation)]
+    if args.world_size > 1:  # the last round's rows are dealt out, one by one in the end
+        uneven = [
+            rows for rows, size in datasets if not hasattr(rows, "__len__") or len(rows) % (size * args.world_size)
+        ]
+        if uneven and not args.dataloader_drop_last:
+            raise ValueError(
+                "kto compares each response with one to another prompt in the same pass, and the last rows are dealt "
+                "out over the processes, so that one may be alone: turn dataloader_drop_last on"
+            )
     alone = [rows for rows, size in datasets if not hasattr(rows, "__len__") or len(rows) % size == 1]
     fix = None
     if args.precompute_ref_log_probs:

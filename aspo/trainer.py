@@ -26,7 +26,7 @@ from aspo.model import base_model, check_head, inference, load_model, output_hea
 from aspo.packing import TokenBatches
 from aspo.policy import MERGE, check_attention, check_liger, disable_dropout, load_weights, policy_and_reference
 from aspo.processes import inside, summed, summed_tensor
-from aspo.reference.fill import cached_reference
+from aspo.reference.fill import cached_reference, settings_for
 from aspo.resume import SaveHistory, last_checkpoint
 from aspo.sharded import check_images_alike, check_sharding, is_sharded, prepare_reference
 from aspo.shared_prefix.forward import PairForward, mean_pair_tokens, objective_inputs, parts_of, tree_inputs
@@ -133,8 +133,12 @@ class AspoTrainer(TokenBatches):
         if self._target == "dataset":
             self._pair_tokens = dataset_pair_tokens(self.data_collator, train_dataset)
         self._own_reference = ref_model is not None
-        if not is_sharded(self.accelerator):  # else once the model is wrapped: before, no process could run it alone
+        self._whole_settings = None
+        if not is_sharded(self.accelerator):
             self._settle_step()
+        elif args.precompute_ref_log_probs:  # the rest once the model is wrapped: before, no process can run it alone
+            autocast, reference = autocast_dtype(self.accelerator), self._reference or self._policy
+            self._whole_settings = settings_for(reference, self.data_collator, autocast)
 
     def _check_datasets(self, args: AspoConfig, train_dataset: Any, eval_dataset: Any) -> None:
         """ValueError where rows lack what the objective lives on, or would leave KTO alone with one."""
@@ -151,7 +155,6 @@ class AspoTrainer(TokenBatches):
         """Cache the reference, look once at each image, share and pack: what the options say and the model takes."""
         args, autocast = self.args, autocast_dtype(self.accelerator)
         datasets = every_dataset(self.train_dataset, self.eval_dataset)
-        self._settled = True
         if args.precompute_ref_log_probs and self.objective.needs_reference:  # by the model as it is, its own attention
             self._precompute_reference(datasets)
         folder = os.path.join(str(args.output_dir), "vision_cache") if args.vision_cache == "disk" else None
@@ -163,6 +166,7 @@ class AspoTrainer(TokenBatches):
             self.data_collator.forward_tokens = args.forward_tokens
         elif args.forward_tokens is not None:
             raise ValueError("forward_tokens needs aspo.data.Collator: leave data_collator out")
+        self._settled = True
 
     def _precompute_reference(self, datasets: Sequence[Any]) -> None:
         """Fill the cache with what it lacks of all rows, check a sample, and let go of a reference of its own."""
@@ -178,7 +182,7 @@ class AspoTrainer(TokenBatches):
             datasets,
             autocast_dtype(self.accelerator),
             self.args.per_device_eval_batch_size,
-            must_be_whole=is_sharded(self.accelerator),
+            self._whole_settings,
         )
         self.ref_model = None
 
@@ -360,7 +364,8 @@ class AspoTrainer(TokenBatches):
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self.vision.flush()
+            if self._settled:
+                self.vision.flush()
 
     def restore_finished(self, checkpoint: str) -> bool:
         """Load a checkpoint if it is the last one of its run, and say whether it was.

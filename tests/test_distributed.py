@@ -165,6 +165,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"ref": True, "shared_prefix": "off"},
     {"loss_type": "acpo", "beta": 0.5},
     {"loss_type": "tdpo", "beta": 0.5},
+    {"precompute_ref_log_probs": True, "forward_tokens": 200},
 ]
 
 
@@ -181,6 +182,30 @@ def test_several_processes_end_where_one_does(ranks, one_process, folder, tmp_pa
             return
     expected = one_process(**options)
     assert len(losses_of(expected)) == STEPS
+    if "precompute_ref_log_probs" in options and kind != "ddp":  # a sharded model fills no cache
+        options = {**options, "reference_cache": str(tmp_path / "filled")}
+        ranks[2].run(train, folder, str(tmp_path / "whole"), **{**options, "max_steps": 1})
     pairs = PAIRS // size
     found = ranks[size].run(train, folder, str(tmp_path), kind, **options, per_device_train_batch_size=pairs)
     assert_same(found, expected, kind)
+
+
+def test_batches_of_tokens_are_shared_too(ranks, folder, tmp_path):
+    """The same batches by another number of processes: two each step by one that accumulates, one each by two."""
+    options = {"token_budget": 400, "train_sampling_strategy": "random", "shared_prefix": "on", "max_steps": 8}
+    (expected,) = ranks[1].run(train, folder, str(tmp_path / "one"), **options, gradient_accumulation_steps=2)
+    found = ranks[2].run(train, folder, str(tmp_path / "two"), **options)
+    for of_rank in found:
+        assert losses_of(of_rank) == pytest.approx(losses_of(expected), abs=2e-5)
+
+
+def test_a_sharded_model_does_not_fill_the_reference_cache(ranks, folder, tmp_path):
+    with pytest.raises(RuntimeError, match="lacks 37 of 37 rows, and a sharded model does not fill it"):
+        ranks[2].run(train, folder, str(tmp_path), "fsdp", precompute_ref_log_probs=True)
+
+
+def test_log_probabilities_stay_fp32_where_fsdp_casts_outputs(ranks, folder, tmp_path):
+    found = ranks[2].run(train, folder, str(tmp_path), "fsdp", bf16=True, max_steps=3, per_device_train_batch_size=3)
+    chosen = [entry["logps/chosen"] for entry in found[0]["logs"] if "logps/chosen" in entry]
+    # Sums of some 20 tokens: in bfloat16 each would be a multiple of 0.5.
+    assert len(chosen) == 3 and any(abs(value * 2 - round(value * 2)) > 1e-3 for value in chosen)

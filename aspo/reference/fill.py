@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -187,6 +188,14 @@ def _stale(cache: ReferenceCache, what: str) -> ValueError:
     )
 
 
+def settings_for(model: nn.Module, collator: Collator, autocast: torch.dtype | None) -> dict[str, Any]:
+    """What log-probabilities of a collator's batches depend on besides the rows; the main process's in all."""
+    settings = reference_settings(
+        model, collator.processor, max_length=collator.max_length, autocast=autocast, responses=collator.responses
+    )
+    return broadcast_object_list([settings])[0]
+
+
 def cached_reference(
     folder: str,
     model: nn.Module,
@@ -194,20 +203,19 @@ def cached_reference(
     datasets: Sequence[Sequence[Row]],
     autocast: torch.dtype | None = None,
     batch_size: int = 8,
-    must_be_whole: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> ReferenceCache:
     """A cache in `folder` with the log-probabilities of all rows: a sample checked, what it lacked computed.
 
     model: the reference; of a LoRA model its adapter is off. collator: whose responses and max_length count. Several
-    processes share the work; with `must_be_whole` there is none: the model is in shards, and they would wait for each
-    other at other batches.
+    processes share the work. settings: those of a model that is in shards by now, from when it was whole; such a model
+    computes nothing, as the processes would wait for each other at other batches.
     Raises ValueError for rows that come as a stream, a cache of other settings, one that fails `check`, and one that
     lacks rows where it must be whole.
     """
     state = PartialState()
-    settings = reference_settings(
-        model, collator.processor, max_length=collator.max_length, autocast=autocast, responses=collator.responses
-    )
+    whole = settings is None
+    settings = settings or settings_for(model, collator, autocast)
     cache = ReferenceCache.create(folder, settings)
     options = {"max_length": collator.max_length, "splitter": collator.splitter, "responses": collator.responses}
     logps_fn = model_logps(model, collator.processor, autocast=autocast, batch_size=batch_size, **options)
@@ -219,7 +227,7 @@ def cached_reference(
             )
         check(cache, rows, logps_fn)
         state.wait_for_everyone()  # no process writes before all have read
-        if must_be_whole:
+        if not whole:
             if missing := cache.missing(rows):
                 raise ValueError(
                     f"the reference cache {folder} lacks {len(missing)} of {len(rows)} rows, and a sharded model does "
