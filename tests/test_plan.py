@@ -88,13 +88,13 @@ def test_the_prediction_is_what_a_step_allocates(folder, tmp_path, monkeypatch, 
 
 
 def test_the_command_suggests_what_fits(folder, capsys):
-    command = ["plan", "--model", str(folder), "--response-tokens", "40", "--pairs", "2", "--prompt-tokens", "50"]
-    assert cli.main([*command, "--memory", "0.5"]) == 0
+    command = ["plan", "--model", str(folder), "--response-tokens", "40", "--prompt-tokens", "50"]
+    assert cli.main([*command, "--memory", "0.1"]) == 0
     out = capsys.readouterr().out
     assert "prompt 59 tokens (9 of images), responses 40" in out and "sharing saves 30%" in out
     pairs = int(out.partition("--per_device_train_batch_size ")[2].split(",")[0])
     model = meta_model(str(folder), AspoConfig(output_dir="unused", use_cpu=True))
-    room = 0.9 * 0.5 * 2**30
+    room = 0.9 * 0.1 * 2**30
     assert 0.85 * room < predict(model, Step(pairs, 59, 40), 1, 30).peak <= room  # linear but for the tiles' steps
     assert f"--token_budget {pairs * 139}" in out
     assert cli.main([*command, "--memory", "0.0003"]) == 0
@@ -114,3 +114,45 @@ def test_no_weights_are_read(folder, tmp_path, capsys):
     assert "reference (a frozen copy)" in out and "peak" in out
     assert base_model(meta_model(str(tmp_path), AspoConfig(output_dir="x", use_cpu=True))).config.model_type == "llava"
     assert AutoConfig.from_pretrained(tmp_path).model_type == "llava"
+
+
+def test_operations_are_those_of_the_products(folder):
+    """2 x numbers x tokens for each pass over the linear layers, and the attention's own products."""
+    pairs, prompt, response = 2, 30, 10
+    args = AspoConfig(output_dir="x", use_cpu=True, use_lora=False)
+    meta = meta_model(str(folder), args)
+    memory = predict(meta, Step(pairs, prompt, response, shared=False), 1, 30)
+    decoder = base_model(meta).get_decoder()
+    tokens, layers = 2 * pairs * (prompt + response), len(decoder.layers)
+    linear = sum(p.numel() for layer in decoder.layers for p in layer.parameters() if p.dim() == 2)
+    attention = layers * 2 * 2 * tokens * (prompt + response) * 32  # q k and p v, H = 32
+    head = 2 * pairs * response * base_model(meta).get_output_embeddings().weight.numel() * 2
+    assert memory.flops.forward == memory.flops.reference == 2 * linear * tokens + attention
+    assert memory.flops.backward == pytest.approx(2 * 2 * linear * tokens + 2.5 * attention, rel=0.03)
+    assert memory.flops.head == (3 + 1) * head  # stored, and the reference's pass
+    assert memory.flops.vision > 0
+    cached = predict(meta, Step(pairs, prompt, response, shared=False, cached_reference=True), 1, 30)
+    assert cached.flops.reference == 0 and cached.flops.head == 3 * head
+    again = predict(meta, Step(pairs, prompt, response, shared=False, checkpointing=True), 1, 30)
+    assert memory.flops.forward * 0.6 < again.flops.backward - memory.flops.backward <= memory.flops.forward
+    lora = predict(
+        meta_model(str(folder), AspoConfig(output_dir="x", use_cpu=True, lora_r=1)),
+        Step(pairs, prompt, response, False),
+    )
+    assert lora.flops.backward < 0.8 * memory.flops.backward and lora.flops.head == (2 + 1) * head
+
+
+def test_dropped_gradients_are_not_held(folder):
+    meta = meta_model(str(folder), AspoConfig(output_dir="x", use_cpu=True, use_lora=False))
+    step = Step(1, 2, 2)  # few activations
+    kept, dropped = (predict(meta, step, drop_gradients=drop) for drop in (False, True))
+    assert dropped.running < kept.running - 0.2 * kept.trained / 3  # layers' gradients: without head and embeddings
+    assert dropped.flops == kept.flops and not any(p._post_accumulate_grad_hooks for p in meta.parameters())
+
+
+def test_a_jobs_pairs_are_not_a_batchs(folder, capsys):
+    command = ["plan", "--model", str(folder), "--response-tokens", "40"]
+    assert cli.main([*command, "--pairs", "2"]) == 2
+    assert "--pairs 2 is the whole job's and wants --gpus" in capsys.readouterr().err
+    assert cli.main([*command, "--per_device_train_batch_size", "0"]) == 2
+    assert "--per_device_train_batch_size is 0" in capsys.readouterr().err

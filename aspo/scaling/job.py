@@ -160,8 +160,10 @@ class Plan:
 
     @property
     def in_the_way(self) -> list[tuple[str, float]]:
-        """Parts of the machine by the time they need, longest first; memory before all where it does not do."""
-        ranked = sorted(self.seconds().items(), key=lambda item: -item[1])
+        """What takes time by the seconds of a step, longest first, checkpoints among them; memory before all where it
+        does not do."""
+        seconds = self.seconds() | {"checkpoints": self.around_hours * 3600 / self.steps}
+        ranked = sorted(seconds.items(), key=lambda item: -item[1])
         return ranked if self.fits else [("memory", float("inf")), *ranked]
 
     def offline(self) -> list[Offline]:

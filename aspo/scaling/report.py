@@ -16,6 +16,10 @@ def report(plan: Plan, price: float | None = None) -> str:
     lines = [
         f"{cluster.gpus} GPUs ({shape}), {plan.strategy}, {plan.step.pairs} pairs a GPU and {plan.batch:,} a step; "
         f"{'LoRA' if plan.args.use_lora else 'full fine-tuning'}, {plan.size.numbers / 1e6:,.1f} M numbers train",
+        *(
+            ["HSDP is planned here alone: `aspo train` refuses accelerate's parallelism_config"]
+            * (plan.shards < cluster.gpus)
+        ),
         "",
         "a GPU holds",
         *(f"  {part.name:26}{part.bytes / GIB:9,.2f} GiB  {_shared_out(part)}" for part in plan.parts),
@@ -69,14 +73,10 @@ def advice(plan: Plan) -> list[str]:
     (first, most), (second, next_most) = plan.in_the_way[:2]
     if first == "memory":
         return [f"in the way: memory. {lift(plan, first)}"]
-    lines = [
+    return [
         f"in the way: {first}, {most:.3f} s a step; next: {second}, at {next_most / most:.0%} of that.",
         lift(plan, first),
     ]
-    if (share := plan.around_hours / plan.hours[1]) > 0.2:
-        ways = "--save_steps larger, fsdp_state_dict_type SHARDED_STATE_DICT, faster storage"
-        lines.append(f"checkpoints and reading the weights are {share:.0%} of the job: {ways}.")
-    return lines
 
 
 def lift(plan: Plan, what: str) -> str:
@@ -100,12 +100,19 @@ def lift(plan: Plan, what: str) -> str:
         "memory bandwidth": ["more pairs a GPU: weights are read once however many there are"],
         "network in the node": ["more pairs a GPU", *_less_network(plan)],
         "network across nodes": [
-            *([f"--dp_shard_size {plan.cluster.per_node}: weights gathered within the node (HSDP)"]
+            *([f"HSDP, weights gathered within the node (planned with --dp_shard_size {plan.cluster.per_node}; "
+               "`aspo train` refuses it so far)"]
               if several and plan.strategy == "fsdp2" and plan.shards > plan.cluster.per_node else []),
             "more pairs a GPU",
             *_less_network(plan),
         ],
         "batches on the CPU": ["more --dataloader_num_workers and cores", "smaller pictures in the dataset"],
+        "checkpoints": [
+            "a larger --save_steps",
+            *(["fsdp_state_dict_type SHARDED_STATE_DICT"] if plan.strategy == "fsdp2" else []),
+            *([] if plan.args.use_lora else ["LoRA"]),
+            "faster storage",
+        ],
         "storage": ["the dataset on the nodes' own disks", "smaller pictures in the dataset"],
     }  # fmt: skip
     return "what would lift it: " + "; ".join(ways[what]) + "."

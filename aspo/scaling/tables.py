@@ -62,11 +62,10 @@ def plan(
 def best(model: str, lora: bool, gpus: int) -> Plan:
     """The plan that fits and takes the least time, nothing of the network hidden; the smallest where none fits.
 
-    DDP with LoRA, FSDP2 over all GPUs, FSDP2 within each node; activations kept or checkpointed.
+    DDP with LoRA, FSDP2; activations kept or checkpointed.
     """
-    ways: list[tuple[str, int | None]] = [("fsdp2", None), *([("ddp", None)] if lora else [])]
-    ways += [("fsdp2", 8)] if gpus > 8 else []
-    plans = [plan(model, lora, gpus, name, kept, shards) for name, shards in ways for kept in (False, True)]
+    ways = ["fsdp2", *(["ddp"] if lora else [])]
+    plans = [plan(model, lora, gpus, name, checkpointed) for name in ways for checkpointed in (False, True)]
     fitting = [p for p in plans if p.fits]
     if not fitting:
         return min(plans, key=lambda p: p.held)
@@ -80,9 +79,7 @@ def cases() -> list[tuple[str, bool, int, Plan]]:
 
 def how(p: Plan) -> str:
     """Strategy and checkpointing."""
-    name = "DDP" if p.strategy == "ddp" else "FSDP2"
-    within = " in a node" if p.shards < p.cluster.gpus else ""
-    return name + within + (", checkpointing" if p.step.checkpointing else "")
+    return ("DDP" if p.strategy == "ddp" else "FSDP2") + (", checkpointing" if p.step.checkpointing else "")
 
 
 def gib(p: Plan, *names: str, over: bool | None = None) -> float:
@@ -143,7 +140,7 @@ def strategy_table() -> Table:
               "to other nodes, GB", "network, s", "compute, s")  # fmt: skip
     ways: list[tuple[str, str, int | None]] = [
         ("DDP", "ddp", None), ("ZeRO-2", "zero2", None), ("ZeRO-3", "zero3", None), ("FSDP2", "fsdp2", None),
-        ("FSDP2 in a node (HSDP)", "fsdp2", 8),
+        ("FSDP2 in a node (HSDP; `aspo train` refuses it)", "fsdp2", 8),
     ]  # fmt: skip
     rows = []
     for lora in (True, False):
@@ -192,7 +189,7 @@ def lifts() -> str:
     found: dict[str, dict[str, list[str]]] = {}
     for model, lora, gpus, p in cases():
         what = p.in_the_way[0][0]
-        of_answer = found.setdefault(f"**{what}**: {lift(p, what)}", {})
+        of_answer = found.setdefault(f"**{what}**; {lift(p, what)}", {})
         of_answer.setdefault(f"{model} ({'LoRA' if lora else 'all'})", []).append(str(gpus))
     return "\n".join(
         f"- {answer} For " + ", ".join(f"{who} on {', '.join(on)}" for who, on in of_answer.items()) + "."
