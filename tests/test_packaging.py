@@ -23,7 +23,7 @@ def test_aspo_kernels_imports_torch_and_nothing_else() -> None:
 def test_installing_asks_for_torch_alone() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert [re.split(r"\W", requirement)[0] for requirement in project["dependencies"]] == ["torch"]
-    assert set(project["optional-dependencies"]) == {"train", "trl", "bench", "dev"}
+    assert set(project["optional-dependencies"]) == {"train", "trl", "ray", "bench", "dev"}
 
 
 def test_versions_agree() -> None:

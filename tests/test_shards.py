@@ -163,7 +163,7 @@ class Log:
         self.path, self.moment, self.after, self.ranks = path, moment, after, ranks
 
     def __call__(self, rank):
-        write, write_shard, replace = jobs.Job.write, jobs.write_shard, files.os.replace
+        write, write_shard, replace = jobs.Job.write, jobs.write_shard, os.replace
         written = []
 
         def logged(job, start, *rest):
@@ -191,7 +191,7 @@ class Log:
                 now("assembly")  # the other files are in place
             replace(source, target)
 
-        jobs.Job.write, jobs.write_shard, files.os.replace = logged, writing, replacing
+        jobs.Job.write, jobs.write_shard, os.replace = logged, writing, replacing
 
     def begun(self):
         return [line.split()[:2] for line in self.path.read_text().splitlines()]
@@ -299,7 +299,8 @@ def test_rows_settings_places_and_images_make_the_key(tmp_path):
         key([{**row, "images": [str(tmp_path / "c.png")]}], a=1),
         key([{**row, "images": [{"bytes": b"1", "path": None}]}], a=1),
     ]
-    assert len(set(keys)) == len(keys)
+    (tmp_path.parent / "elsewhere" / "a.png").write_bytes(b"another image of the same name")
+    assert len({*keys, key([row], a=1)}) == len(keys) + 1
 
 
 @pytest.mark.parametrize("damage", ["cut", "byte", "empty", "head", "other"])
