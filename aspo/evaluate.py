@@ -138,6 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, help='folder or hub name of the model, or "world" for the embedded one')
     add("--adapter", help="folder of a LoRA adapter to put on the model")
     add("--data", help="evaluation rows: a folder, .jsonl, .parquet, or world:test and its other splits")
+    add("--image-root", help="where relative image paths start (default: the folder of --data)")
     add("--out", required=True, type=Path, help="file to write: figures, and the items they come from, as JSON")
     add("--objects", type=Path, help="object vocabulary for rows with `objects`: a line is `name, synonym, synonym`")
     add("--limit", type=int, help="evaluate the first LIMIT rows only")
@@ -173,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
     vocabulary = None
     if args.objects is not None:
         vocabulary = ObjectVocabulary(args.objects.read_text(encoding="utf-8").splitlines())
-    rows = load_rows(args.data, kind="prompt", limit=args.limit)
+    rows = load_rows(args.data, kind="prompt", limit=args.limit, image_root=args.image_root)
     validate_rows(rows, kind="prompt")
     model, processor = (
         load_model(args.adapter, args.dtype, base=args.model) if args.adapter else load_model(args.model, args.dtype)

@@ -82,7 +82,7 @@ def image_path(entry: Any, root: str | Path | None) -> Path:
     return Path(root or "", path)
 
 
-def check_within(path: Path, folders: Sequence[Path]) -> None:
+def check_within(path: Path, folders: Sequence[Path], fix: str = "--image-root / (image_root='/')") -> None:
     """ValueError where `path`, with `..` and links followed, lies in none of `folders` (resolved ones)."""
     try:
         place = path.resolve()
@@ -92,8 +92,7 @@ def check_within(path: Path, folders: Sequence[Path]) -> None:
         leads = f", it leads to {_short(place)}" if place != path else ""
         raise ValueError(
             f"image {_short(path)} lies outside of {' and '.join(map(str, folders))}{leads}; rows read from files may "
-            "not name such images. If you trust these rows, allow a folder that holds it, or all with /: "
-            "--image-root / (image_root='/')"
+            f"not name such images. If you trust these rows, allow a folder that holds it, or all with /: {fix}"
         )
 
 

@@ -7,7 +7,6 @@ that came from data. Weights are ASPO's own with the start model's log-probabili
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from aspo.evaluation.statistics import compare
 from aspo.folder import load_images
 from aspo.model import load_model, response_logps
 from aspo.page import Item, Sentence, curves_section, figures_section, headline_section, items_section, render
-from aspo.rows import load_rows, response_text, validate_rows
+from aspo.rows import load_rows, parse_json, response_text, validate_rows
 from aspo.sentences import check_spans, split_sentences
 from aspo.world.language import judge
 from aspo.world.scenes import Scene
@@ -38,24 +37,40 @@ def read_history(run: Path) -> list[dict[str, Any]]:
 
     Raises ValueError where there is neither.
     """
-    if (run / "log_history.json").is_file():
-        return json.loads((run / "log_history.json").read_text(encoding="utf-8"))
-    checkpoints = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[-1]))
-    for path in (run / "trainer_state.json", *reversed(checkpoints)):
+    checkpoints = sorted(
+        run.glob("checkpoint-*/trainer_state.json"), key=lambda p: _number(p.parent.name), reverse=True
+    )
+    for path in (run / "log_history.json", run / "trainer_state.json", *checkpoints):
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))["log_history"]
+            history = parse_json(path.read_bytes(), str(path))
+            history = history.get("log_history") if isinstance(history, Mapping) else history
+            if not isinstance(history, list) or not all(isinstance(entry, Mapping) for entry in history):
+                raise ValueError(f"{path} is no training log: a list of entries")
+            return [{key: value for key, value in entry.items() if _is_number(value)} for entry in history]
     raise ValueError(f"{run} holds no training log; --runs takes folders that `aspo train` wrote")
+
+
+def _number(checkpoint: str) -> int:
+    number = checkpoint.rpartition("-")[2]
+    return int(number) if number.isdecimal() and len(number) < 20 else -1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and (abs(value) < 1e300 or value != value)
 
 
 def read_evaluation(path: Path) -> list[dict[str, Any]]:
     """The items of a file that `aspo eval` wrote. Raises ValueError for any other file."""
-    try:
-        items = json.loads(path.read_text(encoding="utf-8"))["items"]
-        if not all("counts" in item for item in items):
-            raise KeyError("counts")
-        return items
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a file that `aspo eval` wrote ({type(error).__name__})") from error
+    read = parse_json(path.read_bytes(), str(path))
+    items = read.get("items") if isinstance(read, Mapping) else None
+    if not isinstance(items, list) or not all(isinstance(item, Mapping) and _counts(item) for item in items):
+        raise ValueError(f"{path} is not a file that `aspo eval` wrote: it has no items with counts")
+    return items
+
+
+def _counts(item: Mapping[str, Any]) -> bool:
+    counts = item.get("counts")
+    return isinstance(counts, Mapping) and all(value is None or _is_number(value) for value in counts.values())
 
 
 def by_stem(paths: Sequence[Path], what: str) -> dict[str, Path]:
@@ -148,6 +163,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--runs", nargs="*", type=Path, default=[], help="folders that `aspo train` wrote")
     add("--evals", nargs="*", type=Path, default=[], help="files that `aspo eval` wrote, the baseline first")
     add("--data", help="preference rows with similarities (`aspo score`), to show how their sentences are weighed")
+    add("--image-root", help="where relative image paths of --data start, and where images may lie")
     add("--model", help="the start model, whose perplexity weighs the sentences of --data")
     add("--dtype", help="weights' type: float32 (default), bfloat16, float16, auto")
     add("--alpha", type=float, default=0.5, help="share of similarity in a weight, as in training (default: 0.5)")
@@ -178,7 +194,7 @@ def run(args: argparse.Namespace) -> int:
     if histories:
         sections.append(curves_section(histories, styles))
     if args.data:
-        rows = load_rows(args.data, kind="preference")
+        rows = load_rows(args.data, kind="preference", image_root=args.image_root)
         shown = pick(rows, args.items)
         validate_rows(shown, kind="preference")
         model, processor = load_model(args.model, args.dtype)
@@ -188,7 +204,7 @@ def run(args: argparse.Namespace) -> int:
     if evaluations:
         sections.append(figures_section(comparison))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(render(args.title, "; ".join(about), sections), encoding="utf-8")
+    args.out.write_text(render(args.title, "; ".join(about), sections), encoding="utf-8", errors="replace")
     print(f"report written to {args.out}")
     return 0
 

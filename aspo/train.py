@@ -46,7 +46,7 @@ GROUPS = {  # the options that --help shows, in this order; the others are in --
         *("model_name_or_path", "dtype", "attn_implementation", "load_in_4bit", "freeze_vision", "disable_dropout"),
         "use_liger_kernel",
     ),
-    "data": ("train_data", "eval_data", "max_length"),
+    "data": ("train_data", "eval_data", "image_root", "max_length"),
     "step": (
         *("shared_prefix", "prefix_attention", "padding_free", "token_budget", "vision_cache"),
         *("precompute_ref_log_probs", "reference_cache", "kernel_backend"),
@@ -65,6 +65,7 @@ FINISHED = "finished"
 # Options that may differ between a run and its continuation, by prefix: they change nothing in the weights.
 FREE_ON_RESUME = (
     "output_dir",
+    "image_root",
     "resume",
     "log",
     "report_to",
@@ -201,8 +202,8 @@ def train(config: AspoConfig) -> None:
         given, missing = ("eval_strategy", "eval_data") if evaluates else ("eval_data", "eval_strategy")
         raise ValueError(f"--{given} is given, but --{missing} is not: give both or neither")
     kind = "unpaired" if "desirable" in config.objective().reads else "preference"
-    rows = _load(config.train_data, kind)
-    eval_rows = _load(config.eval_data, kind) if config.eval_data else None
+    rows = _load(config.train_data, kind, config.image_root)
+    eval_rows = _load(config.eval_data, kind, config.image_root) if config.eval_data else None
     path = Path(str(config.output_dir)) / "run.json"
     before = _read_record(path)
     is_main = config.process_index == 0
@@ -262,8 +263,8 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     return record
 
 
-def _load(source: str | None, kind: str) -> Any:
-    rows = load_rows(source, kind=kind)
+def _load(source: str | None, kind: str, image_root: str | None) -> Any:
+    rows = load_rows(source, kind=kind, image_root=image_root)
     validate_rows(rows, kind)
     return rows
 

@@ -507,3 +507,24 @@ def test_broken_files_are_one_line(place):
         with pytest.raises(ValueError, match=name):
             load_rows(data / name)
     assert not zipfile.is_zipfile(data / "d.parquet")
+
+
+def test_a_benchmark_names_no_image_outside_of_its_folders(place):
+    from aspo.suite.benchmark import Source
+
+    data = Source(place / "data")
+    assert data.image("in.png", "images").endswith("/data/images/in.png")
+    for name in ("../out.png", str(place / "out.png"), "link.png", "folder/out.png"):
+        with pytest.raises(ValueError, match=r"lies outside of .*--suite-images FOLDER"):
+            data.image(name, "")
+    assert Source(place / "data", place).image("out.png") == str(place / "out.png")
+
+
+def test_every_command_that_reads_rows_can_be_told_where_images_lie():
+    import argparse
+    import importlib
+
+    for command in ("pairs", "score", "negatives", "rewards", "reference", "train", "online", "eval", "report"):
+        parser = argparse.ArgumentParser()
+        importlib.import_module(cli.COMMANDS[command][0]).add_arguments(parser)
+        assert {"--image-root", "--image_root"} & set(parser._option_string_actions), command

@@ -23,6 +23,7 @@ from aspo.recipes.recipe import (
     load_recipe,
     read_mapping,
     require_known,
+    require_name,
 )
 
 DIRECTIONS = ("higher", "lower", "none")
@@ -113,6 +114,8 @@ def load_declared(path: str | Path) -> Declared:
             _need_keys(path, key, entry, (*needed, *more))
             if set(needed) - entry.keys():
                 raise ValueError(f"{path}: {key}: {entry} needs {', '.join(needed[:-1])} and {needed[-1]}")
+            for name, text in entry.items():
+                require_name(path, f"{key}: {name}", text)
     for entry in values["comparisons"]:
         require_known(entry["direction"], DIRECTIONS, f"{path}: unknown direction")
     if not isinstance(values.get("curves", []), list):

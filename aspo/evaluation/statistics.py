@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -164,7 +165,8 @@ def markdown(comparison: Comparison, names: Sequence[str] | None = None) -> str:
     figures = (
         comparison.figures if names is None else [f for name in names for f in comparison.figures if f.name == name]
     )
-    head = ["figure", *comparison.systems, *(f"{a} \N{MINUS SIGN} {b}" for a, b in comparison.differences)]
+    head = ["figure", *map(_name, comparison.systems)]
+    head += [f"{_name(a)} \N{MINUS SIGN} {_name(b)}" for a, b in comparison.differences]
     rows = [head, ["---", *["---:"] * (len(head) - 1)]]
     for figure in figures:
         cells = [_cell(figure, by[figure.name]) for by in comparison.systems.values()]
@@ -176,6 +178,11 @@ def markdown(comparison: Comparison, names: Sequence[str] | None = None) -> str:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _name(system: str) -> str:
+    """A system's name, often a file's, as a table can hold it."""
+    return escape(" ".join(system.split()), quote=False).replace("|", "\\|")
 
 
 def _cell(figure: Figure, estimate: Estimate, difference: bool = False) -> str:

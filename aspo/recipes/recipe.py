@@ -108,8 +108,15 @@ def load_recipe(path: str | Path) -> Recipe:
         iterations=iterations,
         vary=read.get("vary"),
     )
-    expand(recipe)  # refuses a bad `vary`
+    for variant in expand(recipe):  # refuses a bad `vary`
+        require_name(path, "name", variant.name)
     return recipe
+
+
+def require_name(path: Path, what: str, text: Any) -> None:
+    """ValueError for a text that tables and comments cannot hold as it is: a line of printable characters."""
+    if not isinstance(text, str) or not text.strip() or not text.isprintable() or set("|<>`\\") & set(text):
+        raise ValueError(f"{path}: {what} is {text!r}; it must be one line of text without | < > ` and \\")
 
 
 def require_known(name: Any, known: Iterable[str], what: str) -> None:

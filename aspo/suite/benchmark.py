@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aspo.images import check_within, is_file
+
 Row = Mapping[str, Any]
 Item = dict[str, Any]
 
@@ -40,7 +42,9 @@ class Source:
     def image(self, name: str, *folders: str) -> str:
         """Where the image `name` lies: in --suite-images, else in the first of `folders` that has it, or would."""
         places = [self.images / name] if self.images is not None else [self.root / folder / name for folder in folders]
-        return str(next((place for place in places if place.is_file()), places[0]).absolute())
+        found = next((place for place in places if is_file(place)), places[0]).absolute()
+        check_within(found, [p.resolve() for p in (self.root, self.images) if p is not None], "--suite-images FOLDER")
+        return str(found)
 
 
 @dataclass(frozen=True)

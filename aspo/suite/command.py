@@ -32,7 +32,13 @@ from aspo.suite.shr import SHR
 OWN = {b.name: b for b in (POPE, CHAIR, AMBER, AMBER_G, AMBER_D, SHR, MMHAL, HALLUSION, MMVP)}
 KEY = "OPENAI_API_KEY"
 FLAGS = ("suite_data", "suite_images", "append", "judge", "judge_model", "judge_workers", "harness")
-NOT_OURS = ("data", "objects", "questions", "minimal_pairs")  # flags of `aspo eval` that a suite does not read
+NOT_OURS = (
+    "data",
+    "image_root",
+    "objects",
+    "questions",
+    "minimal_pairs",
+)  # flags of `aspo eval` that a suite does not read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
