@@ -14,6 +14,8 @@ import torch
 from ranks import Ranks
 from tiny import tiny_llava, tiny_rows
 
+from aspo.train import CHECKPOINTING
+
 STEPS = 20
 PAIRS = 6  # of an optimiser step, however many processes share it
 BASE = {"max_steps": STEPS, "learning_rate": 1e-3, "loss_type": "dpo", "beta": 0.5, "warmup_steps": 2}
@@ -48,9 +50,9 @@ def train(folder: str, out: str, kind: str = "ddp", **options: Any) -> dict[str,
         state._reset_state()
     meet(kind)
     torch.manual_seed(0)
-    model, processor = load_model(folder)
+    model, processor = load_model(folder, device="cpu")
     data = options.pop("data", None) or rows(37)
-    ref_model = load_model(folder)[0] if options.pop("ref", False) else None
+    ref_model = load_model(folder, device="cpu")[0] if options.pop("ref", False) else None
     resume = options.pop("resume", None)
     defaults = {"save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "report_to": "none"}
     if kind.startswith("zero"):
@@ -161,7 +163,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"use_lora": False},
     {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 10},
     {"use_lora": False, "data": "mixed", "loss_type": "aspo", "alpha": 0.0},
-    {"use_lora": False, "freeze_vision": False, "data": "mixed", "activation_checkpointing": True},
+    {"use_lora": False, "freeze_vision": False, "data": "mixed", CHECKPOINTING: True},
     {"ref": True, "shared_prefix": "off"},
     {"loss_type": "acpo", "beta": 0.5},
     {"loss_type": "tdpo", "beta": 0.5},
@@ -209,3 +211,37 @@ def test_log_probabilities_stay_fp32_where_fsdp_casts_outputs(ranks, folder, tmp
     chosen = [entry["logps/chosen"] for entry in found[0]["logs"] if "logps/chosen" in entry]
     # Sums of some 20 tokens: in bfloat16 each would be a multiple of 0.5.
     assert len(chosen) == 3 and any(abs(value * 2 - round(value * 2)) > 1e-3 for value in chosen)
+
+
+def head_gathers(folder: str, out: str, **options: Any) -> list[int]:
+    """How often FSDP2 gathers the output head's weight in each optimiser step, the steps' first checks left out."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as groups
+
+    from aspo.trainer import AspoTrainer
+
+    seen, counts = [], []
+    gather, step = groups.foreach_all_gather, AspoTrainer.training_step
+
+    def counting(fsdp_params: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.extend(p for p in fsdp_params if str(p._param_fqn).endswith("lm_head.weight"))
+        return gather(fsdp_params, *args, **kwargs)
+
+    def one_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.clear()
+        loss = step(self, *args, **kwargs)  # with its backward
+        counts.append(len(seen))
+        return loss
+
+    groups.foreach_all_gather, AspoTrainer.training_step = counting, one_step
+    try:
+        train(folder, out, "fsdp", **options)
+    finally:
+        groups.foreach_all_gather, AspoTrainer.training_step = gather, step
+    return counts[1:]
+
+
+@pytest.mark.parametrize("use_lora", [True, False])
+def test_fsdp_gathers_the_head_once_a_step(ranks, folder, tmp_path, use_lora):
+    """Frozen or trained, with policy and reference before it: in the forward, and not again in the backward."""
+    options = {"use_lora": use_lora, "max_steps": 4, "per_device_train_batch_size": 3}
+    assert ranks[2].run(head_gathers, folder, str(tmp_path), **options) == [[1, 1, 1]] * 2
