@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import threading
@@ -16,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from aspo.atomic import write_atomic
 from aspo.processes import summed
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -72,11 +72,7 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON so that a reader, or a kill, never sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_atomic(Path(path), [json.dumps(value, indent=1, default=str).encode() + b"\n"])
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: tuple[str, ...]) -> list[str]:

@@ -293,7 +293,7 @@ def test_a_shard_appears_whole(settings, tmp_path, monkeypatch):
         assert source.stat().st_size > 0
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("aspo.reference.logp_cache.os.replace", stopped)
+    monkeypatch.setattr("os.replace", stopped)
     with pytest.raises(KeyboardInterrupt):
         cache.add({b"k" * 32: [torch.tensor([-1.0])]})
     assert [path.name for path in tmp_path.iterdir()] == ["meta.json"]

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate import PartialState
@@ -532,13 +533,18 @@ def test_real_commands_that_are_killed_from_outside(pairs, tmp_path):
         "--main_process_port",
     ]
     command = [*launch, str(free_port()), "-m", "aspo", *argv]
-    killed = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    killed = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     end = time.monotonic() + SECONDS
     while not list((tmp_path / "out").glob("shards/pairs/*.jsonl")):
         assert killed.poll() is None and time.monotonic() < end
         time.sleep(0.02)
-    os.killpg(killed.pid, signal.SIGKILL)
+    workers = psutil.Process(killed.pid).children(recursive=True)  # in sessions of their own: they outlive the launcher
+    assert len(workers) >= 2
+    for process in (*workers, killed):
+        process.kill()
     killed.wait()
+    psutil.wait_procs(workers, timeout=30)
+    assert not (tmp_path / "out" / "rows.jsonl").exists()
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("shards/pairs/*.jsonl")}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "--master_port"]
     command = [*torchrun, str(free_port()), "-m", "aspo", *argv]

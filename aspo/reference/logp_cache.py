@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
@@ -27,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from aspo.atomic import write_atomic
 from aspo.folder import image_bytes, image_entries, row_name
 from aspo.validate import response_text
 from aspo_kernels import SentenceLayout
@@ -98,7 +98,7 @@ class ReferenceCache:
             path.parent.mkdir(parents=True, exist_ok=True)
             made_with = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
             meta = json.dumps({"settings": dict(settings), "made_with": made_with}, indent=1)
-            _write(path, meta.encode() + b"\n")
+            write_atomic(path, [meta.encode() + b"\n"])
         return cls(folder, settings)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -147,7 +147,7 @@ class ReferenceCache:
             "logps": torch.cat([values.to("cpu", torch.float32) for values in responses]),
         }
         path = self.folder / SHARDS.replace("*", secrets.token_hex(8))
-        _write(path, save(tensors, metadata={"sha256": _checksum(tensors)}))
+        write_atomic(path, [save(tensors, metadata={"sha256": _checksum(tensors)})])
         self._enter(tensors)
         return path
 
@@ -304,16 +304,3 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(tensors[name].numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a kill, never sees half of it; several processes may write the same one."""
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -11,8 +11,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aspo.atomic import write_atomic
 from aspo.folder import ROWS_FILE, read_lines, row_name
-from aspo.shards.files import read_shard, write_atomic
+from aspo.shards.files import read_shard
 
 if TYPE_CHECKING:
     from aspo.shards.job import Job

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from aspo.atomic import write_atomic
 from aspo.folder import IMAGE_COLUMNS, ROWS_FILE, image_bytes, image_entries, image_path
 
 FORMAT = 1  # of the keys: what they are made of
@@ -27,21 +26,6 @@ Parts = Mapping[str, Sequence[str]]  # file in the folder -> JSON lines, each wi
 
 class Damaged(ValueError):
     """A shard that is not what was written, or whose images are not."""
-
-
-def write_atomic(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write a file so that a reader, a kill or a loss of power never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with partial.open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def shard_key(rows: Sequence[Row], start: int, settings: Mapping[str, Any], folder: Path) -> str:
