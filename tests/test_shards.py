@@ -523,17 +523,9 @@ def test_real_commands_that_are_killed_from_outside(pairs, tmp_path):
     """`accelerate launch` with two processes, SIGKILL of all of them as soon as a shard is there; then torchrun."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     argv = arguments("seva", pairs, tmp_path / "out")
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-    ]
-    command = [*launch, str(free_port()), "-m", "aspo", *argv]
-    killed = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    config = Path(__file__).parent.parent / "configs" / "accelerate" / "cpu.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "-m", "aspo"]
+    killed = subprocess.Popen([*launch, *argv], env=environment, stderr=subprocess.DEVNULL)
     end = time.monotonic() + SECONDS
     while not list((tmp_path / "out").glob("shards/pairs/*.jsonl")):
         assert killed.poll() is None and time.monotonic() < end
