@@ -528,3 +528,20 @@ def test_every_command_that_reads_rows_can_be_told_where_images_lie():
         parser = argparse.ArgumentParser()
         importlib.import_module(cli.COMMANDS[command][0]).add_arguments(parser)
         assert {"--image-root", "--image_root"} & set(parser._option_string_actions), command
+
+
+def test_a_few_lines_of_yaml_do_not_stand_for_billions(tmp_path):
+    from aspo.yaml_files import read_yaml
+
+    levels = [f"k{n}: &k{n} [{', '.join([f'*k{n - 1}'] * 10)}]\n" for n in range(1, 7)]
+    (tmp_path / "a.yaml").write_text("k0: &k0 [x]\n" + "".join(levels[:3]))
+    assert len(read_yaml(tmp_path / "a.yaml")["k3"]) == 10
+    (tmp_path / "a.yaml").write_text("k0: &k0 [x]\n" + "".join(levels))
+    with pytest.raises(ValueError, match=r"a\.yaml is no YAML: it stands for more than 100,000 values"):
+        read_yaml(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("a: &a [*a]\n")
+    with pytest.raises(ValueError, match=r"a\.yaml is no YAML: an alias stands for what it is part of"):
+        read_yaml(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("a: !!python/object/apply:os.system [id]\n")
+    with pytest.raises(ValueError, match=r"a\.yaml is no YAML: could not determine a constructor"):
+        read_yaml(tmp_path / "a.yaml")

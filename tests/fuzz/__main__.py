@@ -12,8 +12,10 @@ import importlib
 import os
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -51,39 +53,51 @@ class Watch:
 
 def fuzz(target: str, minutes: float, engine: str, seed: int) -> Watch:
     """Feed a target for some minutes."""
-    module = importlib.import_module(f"tests.fuzz.{target}")
+    module = _instrumented(target) if engine == "atheris" else importlib.import_module(f"tests.fuzz.{target}")
     watch = Watch(module.check, time.monotonic() + 60 * minutes)
 
     @hypothesis.settings(
-        max_examples=ROUND, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck),
+        max_examples=ROUND,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
         phases=[hypothesis.Phase.generate],
-    )  # fmt: skip
+    )
     @hypothesis.given(module.INPUTS)
     def feed(value: Any) -> None:
         watch(value)
 
     if engine == "atheris":
-        _steered(feed.hypothesis.fuzz_one_input, watch, seed)
+        _steered(feed.hypothesis.fuzz_one_input, watch, target, seed)
     numbers = random.Random(seed)
     while time.monotonic() < watch.deadline:
         hypothesis.seed(numbers.getrandbits(64))(feed)()
     return watch
 
 
-def _steered(feed: Callable[[bytes], Any], watch: Watch, seed: int) -> None:
+def _instrumented(target: str) -> Any:
+    """The target's module, imported so that libFuzzer sees which of our code an input reaches."""
+    import atheris
+
+    with atheris.instrument_imports(include=["aspo", "aspo_kernels", "sentencesplit"]):
+        return importlib.import_module(f"tests.fuzz.{target}")
+
+
+def _steered(feed: Callable[[bytes], Any], watch: Watch, target: str, seed: int) -> None:
     """libFuzzer never returns: it ends the process, and the report is printed by what it calls last."""
     import atheris
 
     def one(data: bytes) -> None:
         if time.monotonic() > watch.deadline:
-            report(watch, "atheris")
-            os._exit(0)
+            report(watch, target)
+            os._exit(1 if watch.findings else 0)
         feed(data)
 
-    with atheris.instrument_imports(include=["aspo", "aspo_kernels", "sentencesplit"]):
-        for name in [name for name in sys.modules if name.partition(".")[0] == "sentencesplit"]:
-            importlib.reload(sys.modules[name])
-    atheris.Setup([sys.argv[0], f"-seed={seed + 1}", "-max_len=8192", "-rss_limit_mb=0", "-timeout=600"], one)
+    start = Path(tempfile.mkdtemp(prefix="fuzz-start-"))  # long enough for hypothesis to draw whole inputs from
+    for n in range(50):
+        (start / str(n)).write_bytes(random.Random(n).randbytes(2048))
+    flags = ["-max_len=8192", "-len_control=0", "-rss_limit_mb=0", "-timeout=600", "-verbosity=0"]
+    atheris.Setup([sys.argv[0], str(start), f"-seed={seed + 1}", *flags], one)
     atheris.Fuzz()
 
 
