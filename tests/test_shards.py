@@ -2,6 +2,7 @@
 missing, foreign or changed is noticed."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -206,7 +207,7 @@ class Log:
         ("score", "torn", 0, (0, 1), (2, 3)),
         ("score", "torn", 1, (0, 1), (3, 2)),
         ("misp", "work", 0, (0,), (2, 1)),
-        ("fisao", "shard", 2, (0, 1), (2, 3)),
+        pytest.param("fisao", "shard", 2, (0, 1), (2, 3), marks=pytest.mark.slow),
         ("changes", "assembly", 0, (0,), (2, 1)),
         ("score", "assembly", 0, (0,), (1, 2)),
     ],
@@ -328,6 +329,21 @@ def test_a_damaged_shard_is_made_again_with_a_line_that_says_so(tmp_path, damage
     assert tree(tmp_path) == whole
 
 
+def test_a_full_disk_keeps_the_shards_that_are_there(tmp_path, monkeypatch):
+    calls, rows = [], numbered(6)
+
+    def full(descriptor, real=os.fsync):
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
+        patch.setattr(files.os, "fsync", full)
+        run_job(make_job(tmp_path, rows, calls), here())
+    assert [path.suffix for path in (tmp_path / "shards" / "test").iterdir()] == [".jsonl"]
+    assert run_job(make_job(tmp_path, rows, calls), here()) == 2 and ids(tmp_path) == [str(n) for n in range(6)]
+
+
 def test_an_image_that_is_gone_or_cut_short_is_stored_again(tmp_path, caplog):
     calls = []
     rows = [{**row, "images": [{"bytes": bytes([n]) * 100, "path": None}]} for n, row in enumerate(numbered(4))]
@@ -423,6 +439,7 @@ def test_an_error_of_one_process_is_told_and_keeps_what_is_done(pairs, tmp_path)
     assert run(1, argv, tmp_path / "printed")[0] == [0]
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_not_waited_for_for_ever(pairs, tmp_path):
     def hang(rank):
         write = jobs.Job.write
