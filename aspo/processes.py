@@ -7,24 +7,29 @@ the time of one call: `inside`. The idea is Lightning's and TRL's (`_ForwardRedi
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 T = TypeVar("T")
+# gloo's words, in plain RuntimeErrors; NCCL has a class of its own.
+LOST = re.compile(r"(Connection (closed|reset|refused)|Timed out waiting|Broken pipe|Connection timed out)[^[\n.]*")
 
 
 def inside(module: nn.Module, function: Callable[..., T], *args: Any, inner: nn.Module | None = None) -> T:
     """function(*args), run as the forward of a module that is called as any caller would call it.
 
     module: what is called, wrapped or not. inner: the module inside the wrapper whose forward is stood in for (None:
-    `module` itself). Within `function` the module has its own forward again. What it returned comes back as it passed the
-    module's hooks, but for its dtype: FSDP's mixed precision casts outputs, and log-probabilities in bfloat16 would be
-    worth nothing. Then function's own tensors come back, on which FSDP's hooks sit.
+    `module` itself). Within `function` the module has its own forward again. What it returned comes back as it passed
+    the module's hooks, but for its dtype: FSDP's mixed precision casts outputs, and log-probabilities in bfloat16 would
+    be worth nothing. Then function's own tensors come back, on which FSDP's hooks sit.
     """
     inner = module if inner is None else inner
     own = vars(inner).get("forward")  # accelerate may have set one on the instance
@@ -65,3 +70,19 @@ def summed(values: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
 def summed_tensor(value: Tensor, accelerator: Accelerator) -> Tensor:
     """A tensor of one shape everywhere, added up over all processes. A collective call."""
     return accelerator.reduce(value.to(accelerator.device), "sum")
+
+
+def lost_peer(error: BaseException) -> str | None:
+    """One line, where an error says that another process has died or no longer answers; None for other errors."""
+    if not isinstance(error, RuntimeError):
+        return None
+    text = str(error).strip()
+    found = LOST.search(text) if "gloo" in text else None
+    if not (found or isinstance(error, dist.DistError)):
+        return None
+    why = found.group(0).strip() if found else text.partition("\n")[0]
+    rank, size = (os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE"))
+    return (
+        f"process {rank} of {size} waited for the others, and one of them has died or hangs ({why}). What is saved is "
+        "kept: run the same command again"
+    )

@@ -1,73 +1,19 @@
-"""What makes a run restartable: complete checkpoints only, Ctrl-C after a full step, and the same settings."""
+"""What makes a run restartable: Ctrl-C after a full step, and the same settings (`aspo.checkpoints` has the files)."""
 
 from __future__ import annotations
 
 import json
-import re
 import signal
 import threading
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from aspo.atomic import write_atomic
 from aspo.processes import summed
-
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# What a checkpoint must hold, one of each, as it is written with and without sharding. A folder of torch's distributed
-# checkpoints gets its `.metadata` last.
-WEIGHTS = (
-    *("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json"),
-    *("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0/.metadata", "latest"),
-)
-OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0/.metadata", "latest")  # "latest": DeepSpeed's last file
-
-
-def is_complete(checkpoint: str | Path) -> bool:
-    """Whether training can go on from a checkpoint: all its files are there and none is cut short.
-
-    Trainer writes trainer_state.json last; a zip (torch.save) ends with its directory, and a safetensors file's header
-    says how long the file must be, so that a file cut short by a kill or a full disk is seen without reading it all.
-    """
-    folder = Path(checkpoint)
-    match = CHECKPOINT.fullmatch(folder.name)
-    try:
-        step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-        if match and step != int(match.group(1)):
-            return False
-        if not any((folder / name).is_file() for name in WEIGHTS):
-            return False
-        for weights in folder.glob("*.safetensors"):
-            with safe_open(weights, framework="pt"):
-                pass
-        if not any((folder / name).is_file() for name in OPTIMIZER):
-            return False
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            if not all((folder / shard).is_file() for shard in shards):
-                return False
-    except (OSError, ValueError, KeyError, SafetensorError):
-        return False
-    states = list(folder.glob("rng_state*.pth"))  # one of each process
-    rest = [folder / name for name in ("optimizer.pt", "optimizer.bin", "pytorch_model_fsdp.bin")]
-    zips = [folder / "scheduler.pt", *states, *(path for path in rest if path.exists())]
-    return bool(states) and all(zipfile.is_zipfile(path) for path in zips)
-
-
-def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The complete checkpoint with the most steps in `output_dir`, or None."""
-    folder = Path(output_dir)
-    found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)] if folder.is_dir() else []
-    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        if is_complete(path):
-            return path
-    return None
 
 
 def write_json(path: str | Path, value: Any) -> None:

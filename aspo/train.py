@@ -5,28 +5,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import difflib
-import hashlib
-import json
-import platform
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from torch import nn
 from transformers import HfArgumentParser, ProgressCallback, TrainingArguments
 
-from aspo import trust
 from aspo.config import LORA_DEFAULTS, AspoConfig
 from aspo.data import load_rows, validate_rows
-from aspo.folder import IMAGE_COLUMNS
 from aspo.meters import Progress
-from aspo.model import load_model, resolve_model
+from aspo.model import load_model
 from aspo.objective_options import OBJECTIVE_OPTIONS
+from aspo.output_folder import check_room, held
 from aspo.recipes.recipe import command_parser
-from aspo.resume import Interrupt, differences, is_complete, last_checkpoint, write_json
+from aspo.resume import Interrupt, write_json
+from aspo.run_record import check_start, earlier_run, is_finished, now, record_path, run_record, start_settings
+from aspo.shards import Processes
 from aspo.trainer import AspoTrainer
 from aspo.yaml_files import flag_values, read_yaml
 
@@ -61,42 +58,6 @@ GROUPS = {  # the options that --help shows, in this order; the others are in --
         *("save_steps", "save_total_limit", "resume_from_checkpoint"),
     ),
 }
-FINISHED = "finished"
-# Options that may differ between a run and its continuation, by prefix: they change nothing in the weights.
-FREE_ON_RESUME = (
-    "output_dir",
-    "image_root",
-    "resume",
-    "log",
-    "report_to",
-    "run_name",
-    "project",
-    "trackio",
-    "disable_tqdm",
-    "save_",
-    "eval",
-    "do_",
-    "per_device_eval",
-    "prediction_loss_only",
-    "load_best",
-    "metric_for_best",
-    "greater_is_better",
-    "include_",
-    "skip_memory",
-    "push_to_hub",
-    "hub_",
-    "dataloader_num",
-    "dataloader_pin",
-    "dataloader_persistent",
-    "dataloader_prefetch",
-    "local_rank",
-    "ddp_",
-    "fsdp",
-    "deepspeed",
-    "per_device_train",
-    "gradient_accumulation",
-    "torch_empty_cache",
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -195,7 +156,8 @@ def run(args: argparse.Namespace) -> int:
 def train(config: AspoConfig) -> None:
     """Load, go on from where an earlier run in output_dir stopped, train, and save model, processor and run.json.
 
-    A finished run is left alone. Raises ValueError on bad rows, and where output_dir holds a run of other settings.
+    A finished run is left alone. Raises ValueError on bad rows, where output_dir holds a run of other settings, and
+    where another run is at work in it.
     """
     evaluates = config.eval_strategy != "no"
     if evaluates != bool(config.eval_data):
@@ -204,39 +166,41 @@ def train(config: AspoConfig) -> None:
     kind = "unpaired" if "desirable" in config.objective().reads else "preference"
     rows = _load(config.train_data, kind, config.image_root)
     eval_rows = _load(config.eval_data, kind, config.image_root) if config.eval_data else None
-    path = Path(str(config.output_dir)) / "run.json"
-    before = _read_record(path)
-    is_main = config.process_index == 0
     record = run_record(config, rows)
-    checkpoint = _checkpoint(config, before, record)
-    if checkpoint == FINISHED:
-        if is_main:
-            print(f"{config.output_dir} is finished; choose another --output_dir to train again", file=sys.stderr)
-        return
+    if not is_finished(config, record):  # else nothing is written
+        with held(str(config.output_dir)):
+            if not is_finished(config, record):  # as the run that was waited for may be
+                _train(config, rows, eval_rows, record)
+                return
+    if config.process_index == 0:
+        print(f"{config.output_dir} is finished; choose another --output_dir to train again", file=sys.stderr)
+
+
+def _train(config: AspoConfig, rows: Any, eval_rows: Any, record: dict[str, Any]) -> None:
+    before, checkpoint = earlier_run(config, record)
     model, processor = load_model(
         config.model_name_or_path or "",
         config.weights_dtype(),
         attn_implementation=config.attn_implementation,
         load_in_4bit=config.load_in_4bit,
     )
+    record["start"] = start_settings(model, processor)
+    if before and checkpoint:
+        check_start(config, before, record)
+        record["started"] = before["started"]
     trainer = AspoTrainer(model, config, rows, eval_rows, processor)
-    sizes = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
-    trainable, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+    if config.save_strategy != "no":
+        Processes.current().once("", lambda: check_room(str(config.output_dir), trainer.model, config.optim))
+    is_main = config.process_index == 0
     if is_main:
-        print(
-            f"{' + '.join(config.loss_type)} on {len(rows):,} pairs; {trainable:,} of {total:,} parameters train; "
-            + (f"{config.world_size} processes; " if config.world_size > 1 else "")
-            + (f"going on from {checkpoint}" if checkpoint else f"results in {config.output_dir}"),
-            file=sys.stderr,
-        )
+        print(_headline(config, trainer.model, len(rows), checkpoint), file=sys.stderr)
     trainer.remove_callback(ProgressCallback)
     progress = Progress()
     if not config.disable_tqdm:
         trainer.add_callback(progress)
-    record["started"] = before["started"] if before and checkpoint else record["started"]
     trainer.accelerator.wait_for_everyone()  # all have read what was there before
     if is_main:
-        write_json(path, record)
+        write_json(record_path(config), record)
     if checkpoint is None or not trainer.restore_finished(checkpoint):
         with contextlib.closing(progress), Interrupt() as interrupt:
             trainer.add_callback(interrupt)
@@ -247,94 +211,21 @@ def train(config: AspoConfig) -> None:
     trainer.save_state()
     trainer.accelerator.wait_for_everyone()
     if is_main:
-        write_json(path, {**record, "finished": _now(), "steps": trainer.state.global_step})
+        write_json(record_path(config), {**record, "finished": now(), "steps": trainer.state.global_step})
 
 
-def _read_record(path: Path) -> dict[str, Any] | None:
-    """An earlier run's record, or None."""
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or not {"config", "finished", "started"} <= record.keys():
-        raise ValueError(f"{path} is no record of `aspo train`: choose another --output_dir")
-    return record
+def _headline(config: AspoConfig, model: nn.Module, pairs: int, checkpoint: str | None) -> str:
+    """What begins, in a line."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trainable, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+    return (
+        f"{' + '.join(config.loss_type)} on {pairs:,} pairs; {trainable:,} of {total:,} parameters train; "
+        + (f"{config.world_size} processes; " if config.world_size > 1 else "")
+        + (f"going on from {checkpoint}" if checkpoint else f"results in {config.output_dir}")
+    )
 
 
 def _load(source: str | None, kind: str, image_root: str | None) -> Any:
     rows = load_rows(source, kind=kind, image_root=image_root)
     validate_rows(rows, kind)
     return rows
-
-
-def run_record(config: AspoConfig, rows: Any) -> dict[str, Any]:
-    """What run.json says of a run: its settings, its data, and what it ran on."""
-    packages = ("aspo-kernels", "torch", "transformers", "peft", "accelerate", "datasets")
-    return {
-        "config": config.to_dict(),
-        "model": resolve_model(config.model_name_or_path or ""),
-        "dtype": config.weights_dtype(),
-        "objective": config.objective().name,
-        "objective_options": config.objective_options(),
-        "pairs": len(rows),
-        "pairs_sha256": fingerprint(rows),
-        "step": pairs_per_step(config.to_dict(), config.world_size),
-        "processes": config.world_size,
-        "device": str(config.device),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "started": _now(),
-        "finished": None,
-    }
-
-
-def pairs_per_step(config: Mapping[str, Any], processes: int) -> str:
-    """What an optimiser step takes of the data's order: it must stay for a run to go on, however it is divided."""
-    batches = config["gradient_accumulation_steps"] * processes
-    if config.get("token_budget") is not None:
-        return f"{batches} batches of {config['token_budget']} tokens"
-    return f"{batches * config['per_device_train_batch_size']} pairs"
-
-
-def fingerprint(rows: Any) -> str:
-    """A hash of everything in preference rows but their images."""
-    digest = hashlib.sha256()
-    for name in sorted(set(rows.column_names) - {"image", *IMAGE_COLUMNS}):
-        if name != "scene":
-            digest.update(json.dumps([name, list(rows[name])], default=str).encode())
-    return digest.hexdigest()
-
-
-def _checkpoint(config: AspoConfig, before: Mapping[str, Any] | None, record: Mapping[str, Any]) -> str | None:
-    """The checkpoint to go on from, None to begin, or FINISHED."""
-    folder = Path(config.output_dir or "")
-    if config.resume_from_checkpoint not in (None, "auto"):
-        chosen = Path(str(config.resume_from_checkpoint))
-        if not is_complete(chosen):
-            raise ValueError(f"resume_from_checkpoint: {chosen} is no complete checkpoint")
-        trust.refuse_code(chosen, folder)
-        return str(chosen)
-    found = last_checkpoint(folder)
-    if before is None or not (found or before["finished"]):  # nothing to go on from, nothing to lose
-        if found:
-            raise ValueError(f"{folder} holds checkpoints of something else (no run.json); choose another --output_dir")
-        return None
-    keys = ("model", "dtype", "objective", "pairs_sha256", "step")
-    before = {"step": pairs_per_step(before["config"], 1), **before}  # older runs were of one process
-    changed = differences(before["config"], record["config"], FREE_ON_RESUME)
-    changed += differences({key: before[key] for key in keys}, {key: record[key] for key in keys}, ())
-    if changed:
-        raise ValueError(
-            f"{folder} holds a run of other settings ({'; '.join(changed)}): choose another --output_dir, delete it, "
-            "or name the checkpoint to start from with --resume_from_checkpoint. On another number of processes an "
-            "optimiser step must take as much: per_device_train_batch_size x gradient_accumulation_steps x processes"
-        )
-    if before["finished"]:
-        return FINISHED
-    trust.refuse_code(str(found), folder)
-    return str(found)
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

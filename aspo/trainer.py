@@ -14,9 +14,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback, TrainerState, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
+from aspo.checkpoints import WholeCheckpoints, being_read
 from aspo.config import AspoConfig
 from aspo.data import Collator
 from aspo.even_batches import PLACEHOLDER
@@ -27,7 +28,7 @@ from aspo.packing import TokenBatches
 from aspo.policy import MERGE, check_attention, check_liger, disable_dropout, load_weights, policy_and_reference
 from aspo.processes import inside, summed, summed_tensor
 from aspo.reference.fill import cached_reference, settings_for
-from aspo.resume import SaveHistory, last_checkpoint
+from aspo.resume import SaveHistory
 from aspo.sharded import check_images_alike, check_sharding, is_sharded, prepare_reference
 from aspo.shared_prefix.forward import PairForward, mean_pair_tokens, objective_inputs, parts_of, tree_inputs
 from aspo.start import (
@@ -47,7 +48,7 @@ from aspo.vision.tower import VisionFeatures
 from aspo_kernels import objectives
 
 
-class AspoTrainer(TokenBatches):
+class AspoTrainer(WholeCheckpoints, TokenBatches):
     """Preference training of a (vision-)language model; the objective, LoRA and the rest come from `args`.
 
     Args:
@@ -354,44 +355,24 @@ class AspoTrainer(TokenBatches):
 
     # ---- checkpoints ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's train; True goes on from the last *complete* checkpoint of output_dir."""
-        if resume_from_checkpoint is True:
-            found = last_checkpoint(str(self.args.output_dir))
-            if found is None:
-                raise ValueError(f"{self.args.output_dir} has no complete checkpoint to go on from")
-            resume_from_checkpoint = str(found)
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's train; resume_from_checkpoint=True goes on from the last *complete* checkpoint of output_dir."""
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(*args, **kwargs)
         finally:
             if self._settled:
                 self.vision.flush()
-
-    def restore_finished(self, checkpoint: str) -> bool:
-        """Load a checkpoint if it is the last one of its run, and say whether it was.
-
-        `train` would go one step beyond the end from there, where that is not the end of an epoch.
-        """
-        state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
-        if state.global_step < state.max_steps:
-            return False
-        self._load_from_checkpoint(checkpoint)
-        self.state = state
-        return True
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._finite.check(p for p in self.model.parameters() if p.requires_grad)
         super()._save_checkpoint(*args, **kwargs)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # before trainer_state.json, which says that all is there
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if isinstance(self.model, PeftModel) or is_sharded(self.accelerator):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_weights(self.model, resume_from_checkpoint)
+        with being_read(resume_from_checkpoint):
+            if isinstance(self.model, PeftModel) or is_sharded(self.accelerator):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            else:
+                load_weights(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if isinstance(self.model, PeftModel) or is_sharded(self.accelerator):

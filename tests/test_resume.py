@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from tiny import tiny_llava, tiny_rows
 
 from aspo import cli
+from aspo.checkpoints import is_complete, last_checkpoint
 from aspo.data import write_rows
-from aspo.resume import differences, is_complete, last_checkpoint, write_json
+from aspo.resume import differences, write_json
 
 ROOT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY = 12, 4

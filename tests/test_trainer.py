@@ -15,13 +15,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llava, tiny_rows, tiny_tokenizer
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM
 
+from aspo.checkpoints import is_complete
 from aspo.config import AspoConfig
 from aspo.data import Collator
 from aspo.generation import generate
 from aspo.meters import FallingRewards, Meters
 from aspo.model import load_model
 from aspo.policy import add_lora, lora_targets
-from aspo.resume import is_complete
 from aspo.trainer import AspoTrainer
 from aspo_kernels import objectives, sentence_dpo_loss_from_logits
 

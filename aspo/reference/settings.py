@@ -17,6 +17,7 @@ from aspo.reference.logp_cache import HASHED
 
 PLAIN_ROUTE = "one response a row"
 WORDS = 1 << 17  # int64 words of weights in one checksum: 1 MiB, which a CPU's cache holds
+SAMPLE = 64  # numbers of a tensor in `weights_sample`
 # What does not change log-probabilities, or is a setting of its own.
 IGNORED_CONFIG = {"transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
 IGNORED_CONFIG |= {"pad_token_id", "bos_token_id", "eos_token_id"}
@@ -39,23 +40,44 @@ def reference_settings(
         route: how batches are laid out (shared prefix, packing) and attention is told; it changes rounding only.
         responses: the collator's.
     """
-    outer, tokenizer = base_model(model), tokenizer_of(processor)
-    parts = processor.to_dict() if processor is not tokenizer else {}
+    outer = base_model(model)
     return {
         "format": 1,
         "model weights": weights_hash(model),
-        "model configuration": _hashed(_without(outer.config.to_dict(), IGNORED_CONFIG)),
+        **processor_settings(model, processor),
         "dtype": " ".join(sorted({_name(t.dtype) for _, t in _base_tensors(model) if t.is_floating_point()})),
         "autocast": "off" if autocast is None else _name(autocast),
         "attention": _attention(outer.config),
         "route": route,
+        "max_length": max_length,
+        "responses": list(responses),
+    }
+
+
+def processor_settings(model: nn.Module, processor: Any) -> dict[str, str]:
+    """Hashes of what makes a model's inputs out of rows, and of its configuration."""
+    tokenizer = tokenizer_of(processor)
+    parts = processor.to_dict() if processor is not tokenizer else {}
+    return {
+        "model configuration": _hashed(_without(base_model(model).config.to_dict(), IGNORED_CONFIG)),
         "image processor": _hashed(parts.pop("image_processor", None)),
         "processor": _hashed(_without(parts, {"processor_class"})),
         "tokenizer": _hashed(_vocabulary(tokenizer)),
         "chat template": _hashed(getattr(processor, "chat_template", None) or tokenizer.chat_template),
-        "max_length": max_length,
-        "responses": list(responses),
     }
+
+
+def weights_sample(model: nn.Module) -> str | None:
+    """A hash of some numbers of each of the base model's tensors: another model has others, and a large one is not read
+    through. None where the weights are in shards."""
+    digest = hashlib.sha256()
+    for name, tensor in _base_tensors(model):
+        if _is_cut(tensor):
+            return None
+        flat = tensor.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // SAMPLE)].cpu().double()
+        digest.update(f"{name} {tuple(tensor.shape)} {some.tolist()}".encode())
+    return HASHED + digest.hexdigest()[:32]
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -70,7 +92,7 @@ def weights_hash(model: nn.Module) -> str:
     multipliers: dict[torch.device, Tensor] = {}
     digest = hashlib.sha256()
     for name, tensor in _base_tensors(model):
-        if tensor.is_meta or type(tensor).__name__ == "DTensor" or hasattr(tensor, "ds_id"):
+        if _is_cut(tensor):
             raise ValueError(f"the weight {name} is not whole here: hash the weights before they are sharded")
         if tensor.device not in multipliers:
             odd = torch.frombuffer(bytearray(seed), dtype=torch.int64) | 1
@@ -78,6 +100,10 @@ def weights_hash(model: nn.Module) -> str:
         sums = _checksums(tensor.detach(), multipliers[tensor.device])
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {sums.tolist()}".encode())
     return HASHED + digest.hexdigest()[:32]
+
+
+def _is_cut(tensor: Tensor) -> bool:
+    return tensor.is_meta or type(tensor).__name__ == "DTensor" or hasattr(tensor, "ds_id")
 
 
 def _checksums(tensor: Tensor, multipliers: Tensor) -> Tensor:

@@ -1,0 +1,192 @@
+"""run.json: what a training run was started with, and whether the same command may go on with it."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from aspo import trust
+from aspo.checkpoints import CHECKPOINT, checkpoints, is_complete, last_checkpoint, steps_of
+from aspo.config import AspoConfig
+from aspo.folder import IMAGE_COLUMNS
+from aspo.model import resolve_model
+from aspo.reference.settings import processor_settings, weights_sample
+from aspo.resume import differences
+
+# Options that may differ between a run and its continuation, by prefix: they change nothing in the weights.
+FREE_ON_RESUME = (
+    "output_dir",
+    "image_root",
+    "resume",
+    "log",
+    "report_to",
+    "run_name",
+    "project",
+    "trackio",
+    "disable_tqdm",
+    "save_",
+    "eval",
+    "do_",
+    "per_device_eval",
+    "prediction_loss_only",
+    "load_best",
+    "metric_for_best",
+    "greater_is_better",
+    "include_",
+    "skip_memory",
+    "push_to_hub",
+    "hub_",
+    "dataloader_num",
+    "dataloader_pin",
+    "dataloader_persistent",
+    "dataloader_prefetch",
+    "local_rank",
+    "ddp_",
+    "fsdp",
+    "deepspeed",
+    "per_device_train",
+    "gradient_accumulation",
+    "torch_empty_cache",
+)
+
+
+def record_path(config: AspoConfig) -> Path:
+    """Where a run's record is."""
+    return Path(str(config.output_dir)) / "run.json"
+
+
+def run_record(config: AspoConfig, rows: Any) -> dict[str, Any]:
+    """What run.json says of a run: its settings, its data, and what it ran on."""
+    packages = ("aspo-kernels", "torch", "transformers", "peft", "accelerate", "datasets")
+    return {
+        "config": config.to_dict(),
+        "model": resolve_model(config.model_name_or_path or ""),
+        "dtype": config.weights_dtype(),
+        "objective": config.objective().name,
+        "objective_options": config.objective_options(),
+        "pairs": len(rows),
+        "pairs_sha256": fingerprint(rows),
+        "step": pairs_per_step(config.to_dict(), config.world_size),
+        "processes": config.world_size,
+        "device": str(config.device),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "started": now(),
+        "finished": None,
+    }
+
+
+def pairs_per_step(config: Mapping[str, Any], processes: int) -> str:
+    """What an optimiser step takes of the data's order: it must stay for a run to go on, however it is divided."""
+    batches = config["gradient_accumulation_steps"] * processes
+    if config.get("token_budget") is not None:
+        return f"{batches} batches of {config['token_budget']} tokens"
+    return f"{batches * config['per_device_train_batch_size']} pairs"
+
+
+def fingerprint(rows: Any) -> str:
+    """A hash of everything in preference rows but their images."""
+    digest = hashlib.sha256()
+    for name in sorted(set(rows.column_names) - {"image", *IMAGE_COLUMNS}):
+        if name != "scene":
+            digest.update(json.dumps([name, list(rows[name])], default=str).encode())
+    return digest.hexdigest()
+
+
+def now() -> str:
+    """The time, for the record."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """An earlier run's record, or None."""
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not {"config", "finished", "started"} <= record.keys():
+        raise ValueError(f"{path} is no record of `aspo train`: choose another --output_dir")
+    return record
+
+
+def is_finished(config: AspoConfig, record: Mapping[str, Any]) -> bool:
+    """Whether output_dir holds this very run, finished. Raises ValueError as `earlier_run` does."""
+    before, _ = earlier_run(config, record)
+    return before is not None and bool(before["finished"]) and not _is_named(config)
+
+
+def earlier_run(config: AspoConfig, record: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
+    """The record in output_dir, and the checkpoint to go on from; None where there is none.
+
+    Raises ValueError where output_dir holds a run of other settings, or where checkpoints would mix with others.
+    """
+    folder, before = Path(str(config.output_dir)), _read_record(record_path(config))
+    if _is_named(config):
+        return before, _named(Path(str(config.resume_from_checkpoint)), folder)
+    found = last_checkpoint(folder)
+    if before is None or not (found or before["finished"]):  # nothing to go on from, nothing to lose
+        if found:
+            raise ValueError(f"{folder} holds checkpoints of something else (no run.json); choose another --output_dir")
+        return before, None
+    keys = ("model", "dtype", "objective", "pairs_sha256", "step")
+    before = {"step": pairs_per_step(before["config"], 1), **before}  # older runs were of one process
+    changed = differences(before["config"], record["config"], FREE_ON_RESUME)
+    changed += differences({key: before[key] for key in keys}, {key: record[key] for key in keys}, ())
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run of other settings ({'; '.join(changed)}): choose another --output_dir, delete it, "
+            "or name the checkpoint to start from with --resume_from_checkpoint. On another number of processes an "
+            "optimiser step must take as much: per_device_train_batch_size x gradient_accumulation_steps x processes"
+        )
+    if found is not None:
+        trust.refuse_code(str(found), folder)
+    return before, None if found is None else str(found)
+
+
+def _is_named(config: AspoConfig) -> bool:
+    return config.resume_from_checkpoint not in (None, "auto")
+
+
+def _named(chosen: Path, folder: Path) -> str:
+    """The checkpoint that was named, if training can go on from it into this folder."""
+    if not is_complete(chosen):
+        raise ValueError(f"resume_from_checkpoint: {chosen} is no complete checkpoint")
+    later = [path for path in checkpoints(folder) if CHECKPOINT.fullmatch(chosen.name) and is_complete(path)]
+    if later and steps_of(later[-1]) > steps_of(chosen):
+        raise ValueError(
+            f"{folder} holds {later[-1].name}, which is later than {chosen}: leave --resume_from_checkpoint out to go "
+            "on from it, or choose another --output_dir"
+        )
+    trust.refuse_code(chosen, folder)
+    return str(chosen)
+
+
+def start_settings(model: nn.Module, processor: Any) -> dict[str, str | None]:
+    """What a run starts from, as it was read: hashes by the name that `check_start` calls them."""
+    return {**processor_settings(model, processor), "model weights": weights_sample(model)}
+
+
+def check_start(config: AspoConfig, before: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Raises ValueError where a run would go on with another model or processor than it began with.
+
+    Settings that another version of transformers writes down otherwise are compared within one version.
+    """
+    if _is_named(config):
+        return
+    old, new = before.get("start", {}), record["start"]  # older runs did not note it
+    one_version = before["versions"]["transformers"] == record["versions"]["transformers"]
+    names = [name for name in old if one_version or name in ("tokenizer", "chat template", "model weights")]
+    if changed := [name for name in names if None not in (old[name], new[name]) and old[name] != new[name]]:
+        raise ValueError(
+            f"{config.output_dir} holds a run that began with another model or processor ({', '.join(changed)} "
+            f"changed in {config.model_name_or_path}): put the old one back, or choose another --output_dir"
+        )
