@@ -337,8 +337,8 @@ def test_a_full_disk_keeps_the_shards_that_are_there(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
-        patch.setattr(files.os, "fsync", full)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space left on device: .*\.jsonl"):
+        patch.setattr(os, "fsync", full)
         run_job(make_job(tmp_path, rows, calls), here())
     assert [path.suffix for path in (tmp_path / "shards" / "test").iterdir()] == [".jsonl"]
     assert run_job(make_job(tmp_path, rows, calls), here()) == 2 and ids(tmp_path) == [str(n) for n in range(6)]

@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from aspo.atomic import write_atomic
 from aspo.folder import image_bytes, load_images
 from aspo.progress import progress_bar
 from aspo.scorers import Scorer
 from aspo.shards import Engine
-from aspo.shards.files import write_atomic
 
 SHARD = 2048  # features in a file at most
 BLOCK = 256  # features that one process makes at a time, where several do; a kill loses at most so many

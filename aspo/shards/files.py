@@ -13,10 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from aspo.atomic import write_atomic
-from aspo.folder import IMAGE_COLUMNS, ROWS_FILE, image_bytes, image_entries, image_path
+from aspo.folder import IMAGE_COLUMNS, ROWS_FILE
+from aspo.images import image_bytes, image_entries, image_path, in_memory
 
 FORMAT = 1  # of the keys: what they are made of
 NAME_DIGITS = 24  # of the SHA-256 of an image's bytes, by which `aspo.folder` names what it stores
@@ -60,9 +59,7 @@ def _image_content(entry: Any, folder: Path) -> list[str]:
 
 def _path(entry: Any, folder: Path) -> Path | None:
     """Where an image lies; None for one in memory."""
-    if isinstance(entry, Image.Image) or (isinstance(entry, Mapping) and entry.get("bytes") is not None):
-        return None
-    return image_path(entry, folder).resolve()
+    return None if in_memory(entry) else image_path(entry, folder).resolve()
 
 
 def write_shard(path: Path, key: str, parts: Parts) -> None:
