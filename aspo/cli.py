@@ -38,6 +38,7 @@ COMMANDS = {
     "demo": ("aspo.demo", "all of the above on the embedded world, in minutes on a CPU"),
 }
 TRUST_VARIABLE = "ASPO_TRUST_REMOTE_CODE"  # read by aspo.trust, which is not imported for --help
+SEVERAL = {"train", "score", "pairs", "negatives", "rewards", "reference"}  # what several processes may share
 USAGE, INTERRUPTED = 2, 130  # exit codes: bad input; stopped with Ctrl-C
 MISSING = 'this command needs {name}, which is not installed: pip install "aspo-kernels[train]"'
 
@@ -117,9 +118,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"aspo {name}: {_one_line(error)}", file=sys.stderr)
         return USAGE
+    except RuntimeError as error:  # torch's own, of which few are for users
+        from aspo.processes import lost_peer
+
+        message = lost_peer(error)
+        if message is None or show_traceback:
+            raise
+        print(f"aspo {name}: {message}", file=sys.stderr)
+        return USAGE
 
 
 def _run(name: str, arguments: list[str]) -> int:
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    if processes > 1 and name not in SEVERAL:
+        raise ValueError(
+            f"it runs as one process, and a launcher started {processes}, which would write over each other: start it "
+            f"without one (several processes may share: {', '.join(sorted(SEVERAL))})"
+        )
     module = importlib.import_module(COMMANDS[name][0])
     parser = Parser(prog=f"aspo {name}", formatter_class=argparse.RawDescriptionHelpFormatter)
     module.add_arguments(parser)

@@ -230,7 +230,9 @@ def output_head(model: nn.Module) -> HeadParams:
             f"an adapter ({type(head).__name__}) sits on the output head, which is not supported: leave the head's "
             "name out of target_modules, modules_to_save and trainable_token_indices"
         )
-    if head is None or not isinstance(getattr(head, "weight", None), Tensor) or head.weight.dim() != 2:
+    weight = None if head is None else dict(head.named_parameters(recurse=False)).get("weight")
+    shape = () if weight is None else getattr(weight, "ds_shape", weight.shape)  # of a part: ZeRO-3's, of the whole
+    if head is None or len(shape) != 2:
         raise ValueError(f"{type(outer).__name__}: its output head is {type(head).__name__}, not a linear layer")
     text = outer.config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0)  # Cohere multiplies its logits, Granite divides them

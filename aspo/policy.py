@@ -54,11 +54,23 @@ def policy_and_reference(
     if args.use_lora:
         return add_lora(model, args), ref_model
     if needs_reference and ref_model is None:
-        ref_model = copy.deepcopy(model)
+        ref_model = _copy(model, args)
     model.requires_grad_(True)
     if args.freeze_vision and isinstance(vision := vision_tower(model), nn.Module):
         vision.requires_grad_(False)
     return model, ref_model
+
+
+def _copy(model: Any, args: AspoConfig) -> nn.Module:
+    """The model once more; loaded again where ZeRO-3 has it in shards already, which cannot be copied."""
+    if not any(hasattr(p, "ds_id") for p in model.parameters()):
+        return copy.deepcopy(model)
+    if args.model_name_or_path is None:
+        raise ValueError(
+            "ZeRO-3 loads a model in shards, which cannot be copied: pass ref_model, or model_name_or_path"
+        )
+    options = {"attn_implementation": args.attn_implementation}
+    return load_model(args.model_name_or_path, args.weights_dtype(), **options)[0]
 
 
 def merge_adapter(base: str, adapter: str | Path, folder: Path, dtype: str | None = "auto") -> Path:

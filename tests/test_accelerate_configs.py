@@ -29,7 +29,8 @@ def environment(**more: str) -> dict[str, str]:
     kept = {
         k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE", "FSDP", "WORLD_SIZE", "RANK", "LOCAL"))
     }
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
+    path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | more
 
 
 def answers(*commands: list[str]) -> list[dict]:
@@ -127,6 +128,7 @@ def test_zero3_shards_a_model():
         "2",
         "--main_process_port",
         "0",
+        *("--gradient_accumulation_steps", "1", "--gradient_clipping", "1.0"),  # Trainer fills in "auto"
         STATE,
         "zero3",
     ]

@@ -29,6 +29,15 @@ def command(monkeypatch):
     return register
 
 
+@pytest.mark.parametrize("command", sorted(set(cli.COMMANDS) - cli.SEVERAL))
+def test_a_command_of_one_process_is_refused_under_a_launcher(command, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main([command]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"aspo {command}: it runs as one process, and a launcher started 2")
+    assert error.count("\n") == 1
+
+
 def test_help_lists_the_commands(capsys):
     assert cli.main([]) == 0 and cli.main(["--help"]) == 0
     text = capsys.readouterr().out
