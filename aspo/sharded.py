@@ -90,19 +90,23 @@ def _layers(decoder: nn.Module) -> Iterator[nn.Module]:
 
 
 def check_images_alike(accelerator: Accelerator, model: nn.Module, has_images: bool) -> None:
-    """Under ZeRO-3: raise ValueError in all processes where some of their batches have images and some have none.
+    """Under DeepSpeed: raise ValueError in all processes where some of their batches have images and some have none.
 
-    Its shards are gathered module by module in the order of a forward, and a vision tower that is left out of one
-    process's forward cannot be kept whole as FSDP's is. A collective call, in this case alone.
+    ZeRO-3 gathers its shards module by module in the order of a forward, and a vision tower that is left out of one
+    process's forward cannot be kept whole as FSDP's is. ZeRO-2 sums gradients in the order in which they come, which is
+    another one where the projector's has nothing to wait for: sums of different tensors, without a word. Adapters of
+    the language model have no such gradient. A collective call, in these cases alone.
     """
-    if not in_zero3(model) or vision_tower(model) is None:
+    at_risk = in_zero3(model) or (is_deepspeed(accelerator) and image_parameters(model))
+    if not at_risk or vision_tower(model) is None:
         return
     with_images = int(summed_tensor(torch.tensor(int(has_images)), accelerator))
     if with_images not in (0, accelerator.num_processes):
         raise ValueError(
             f"{with_images} of {accelerator.num_processes} processes have a batch with images, the others have none: "
-            "under ZeRO-3 the others would wait for ever. Use FSDP2 (configs/accelerate/fsdp2.yaml), DDP or ZeRO-2, "
-            "which take such batches, or rows that all have images or all have none"
+            "DeepSpeed would wait for ever (ZeRO-3), or add up the gradients of different weights (ZeRO-2, full "
+            "fine-tuning). Use FSDP2 (configs/accelerate/fsdp2.yaml) or DDP, which take such batches, or rows that all "
+            "have images or all have none"
         )
 
 
