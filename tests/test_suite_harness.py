@@ -163,7 +163,9 @@ def test_judged_benchmarks_get_the_endpoint(tmp_path, llava, installed, monkeypa
 
 def test_vlmevalkit_runs_and_its_results_are_items(tmp_path, installed, monkeypatch):
     installed("vlmeval", VLMEVALKIT)
-    monkeypatch.setattr(harness.AutoConfig, "from_pretrained", lambda path: argparse.Namespace(model_type="qwen2_5_vl"))
+    monkeypatch.setattr(
+        harness.AutoConfig, "from_pretrained", lambda path, **_: argparse.Namespace(model_type="qwen2_5_vl")
+    )
     assert run(tmp_path, "mmstar", "some/qwen") == 0
     config = json.loads((tmp_path / "out.mmstar" / "vlmevalkit.json").read_text())
     assert config["model"] == {"model": {"class": "Qwen2VLChat", "model_path": "some/qwen"}}
