@@ -25,7 +25,9 @@ bench: $(VENV)/.dev  ## the loss head and whole steps against their peers on thi
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.step_sweep
 	$(BIN)/python -m benchmarks.negatives
+	$(BIN)/python -m benchmarks.units
 	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m aspo.scaling.tables --write
 
 smoke: $(VENV)/.dev  ## each benchmark and the demo, small
 	$(BIN)/python -m benchmarks.head --smoke
@@ -34,6 +36,7 @@ smoke: $(VENV)/.dev  ## each benchmark and the demo, small
 	$(BIN)/python -m benchmarks.step_sweep --smoke
 	$(BIN)/python -m benchmarks.gpu_step --smoke
 	$(BIN)/python -m benchmarks.negatives --smoke
+	$(BIN)/python -m benchmarks.units --smoke
 	$(BIN)/python -m benchmarks.readme --check
 	$(BIN)/python -m pytest benchmarks --benchmark-disable -k "bf16-random"
 	$(BIN)/aspo demo --quick --out $$(mktemp -d)
