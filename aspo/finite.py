@@ -51,7 +51,8 @@ class FiniteLosses:
 
 
 def _bad_weights(parameters: Iterable[nn.Parameter]) -> str | None:
-    own = [getattr(p.data, "_local_tensor", p.data) for p in parameters]  # of a DTensor this process's part
+    # This process's part, where FSDP or ZeRO-3 has them in shards.
+    own = [getattr(p.data, "_local_tensor", getattr(p, "ds_tensor", p.data)) for p in parameters]
     own = [p for p in own if p.numel()]
     if own and not bool(torch.stack([p.isfinite().all() for p in own]).all()):
         return "trained weights are no longer finite, though the losses were: a gradient overflowed"

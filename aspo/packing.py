@@ -224,7 +224,9 @@ class TokenBatches(Trainer):
             if self.args.dataloader_num_workers:
                 raise ValueError("dataloader_num_workers on several processes would read a stream again: set it to 0")
             stream = EvenStream(dataset, processes, self.accelerator.process_index, batch_size, drop_last)
-            return DataLoader(stream, batch_size, collate_fn=self.data_collator)
+            loader = DataLoader(stream, batch_size, collate_fn=self.data_collator)
+            loader.set_epoch = stream.set_epoch  # type: ignore[attr-defined]  # Trainer asks the loader
+            return loader
         rows = with_placeholders(dataset, processes)
         return even(super()._get_dataloader(rows, description, batch_size, *args, **kwargs), drop_last)
 
@@ -234,7 +236,8 @@ class TokenBatches(Trainer):
             return super()._get_train_sampler(rows)
         grids = [row_grid(row, self._shared) for row in self._lengths(rows)]
         tokens = [height * width for height, width in grids]
-        return LengthGroups(self._train_batch_size * self.args.gradient_accumulation_steps, tokens, self._data_seed)
+        pairs = self._train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        return LengthGroups(pairs, tokens, self._data_seed)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":

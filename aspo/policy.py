@@ -69,7 +69,7 @@ def _copy(model: Any, args: AspoConfig) -> nn.Module:
         raise ValueError(
             "ZeRO-3 loads a model in shards, which cannot be copied: pass ref_model, or model_name_or_path"
         )
-    options = {"attn_implementation": args.attn_implementation}
+    options: dict[str, Any] = {"attn_implementation": args.attn_implementation}
     return load_model(args.model_name_or_path, args.weights_dtype(), **options)[0]
 
 

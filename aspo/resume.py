@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from aspo.atomic import write_atomic
-from aspo.processes import summed
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -65,14 +67,19 @@ def check_settings(
     return noted
 
 
+SAME_SIGNAL_SECONDS = 5.0
+
+
 class Interrupt(TrainerCallback):
     """While entered, the first Ctrl-C or SIGTERM ends training after the step in hand with a checkpoint, a second one
-    at once. Of several processes it is enough that one was told."""
+    at once. Of several processes it is enough that one was told; launchers tell each, and SLURM the launcher too, so
+    that a second signal within SAME_SIGNAL_SECONDS is the first one again."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = False  # of any process, known at the end of a step
+        self._told: float | None = None  # when this one was
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -86,15 +93,20 @@ class Interrupt(TrainerCallback):
         self._previous = {}
 
     def _handle(self, _signal: int, _frame: FrameType | None) -> None:
-        if self.requested:
+        now = time.monotonic()
+        if self._told is None:
+            self._told = now
+        elif now - self._told > SAME_SIGNAL_SECONDS:
             raise KeyboardInterrupt
-        self.requested = True
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
+        self.requested |= self._told is not None  # a signal during the sum counts at the next step
         if args.world_size > 1:
-            self.requested = bool(summed({"requested": [float(self.requested)]})["requested"][0])
+            told = torch.tensor(int(self.requested), device=args.device)
+            dist.all_reduce(told)
+            self.requested = bool(told)
         if self.requested:
             control.should_save = control.should_training_stop = True
         return control

@@ -88,7 +88,10 @@ def pairs_per_step(config: Mapping[str, Any], processes: int) -> str:
     batches = config["gradient_accumulation_steps"] * processes
     if config.get("token_budget") is not None:
         return f"{batches} batches of {config['token_budget']} tokens"
-    return f"{batches * config['per_device_train_batch_size']} pairs"
+    pairs = f"{batches * config['per_device_train_batch_size']} pairs"
+    if config.get("dataloader_drop_last"):  # how many an epoch drops hangs on the round
+        return f"{pairs}, {processes * config['per_device_train_batch_size']} at once"
+    return pairs
 
 
 def fingerprint(rows: Any) -> str:

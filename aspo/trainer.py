@@ -227,8 +227,6 @@ class AspoTrainer(WholeCheckpoints, TokenBatches):
         self._require_similarity(inputs["similarity"])
         check_roles(self.args.loss_type, self.objective, inputs["layout"])
         policy = self._policy
-        has_images = any("pixel" in name for part in parts_of(inputs) for name in part["model_inputs"])
-        check_images_alike(self.accelerator, policy, has_images)
         forward = PairForward(
             policy,
             self._reference,
@@ -253,6 +251,8 @@ class AspoTrainer(WholeCheckpoints, TokenBatches):
         num_items_in_batch: int | Tensor | None = None,
     ) -> Any:
         """sum_pairs sample_weight * loss / (pairs of the accumulation window; this batch's where it is None)."""
+        has_images = any("pixel" in name for part in parts_of(inputs) for name in part["model_inputs"])
+        check_images_alike(self.accelerator, self._policy, has_images)
         if not self._head_checked:
             self._check_head(model, inputs)
         given, result = self.pair_losses(inputs, model)
@@ -274,6 +274,11 @@ class AspoTrainer(WholeCheckpoints, TokenBatches):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int | Tensor:
         """Pairs of the accumulation window, in all processes."""
+        if self.accelerator.num_processes > 1 and any(PLACEHOLDER not in batch for batch in batch_samples):
+            raise ValueError(
+                "data_collator's batches lack 'placeholder' (True where one of their rows has it), which several "
+                "processes need: leave data_collator out, or add it"
+            )
         counted = [batch for batch in batch_samples if not batch.get(PLACEHOLDER)]
         if self._target == "batch":
             self._pair_tokens = mean_pair_tokens(counted, self.accelerator)
@@ -328,7 +333,9 @@ class AspoTrainer(WholeCheckpoints, TokenBatches):
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._meters["eval"].drain().items()}
         total, pairs = summed({"loss": self._eval_loss})["loss"]
-        loss = {f"{metric_key_prefix}_loss": total / max(pairs, 1)}
+        if not pairs:  # the same sum in all processes
+            raise ValueError("evaluation saw no pair: give more eval rows, or turn dataloader_drop_last off")
+        loss = {f"{metric_key_prefix}_loss": total / pairs}
         if not self.is_in_train:  # else `train` does, with the training rows'
             self.vision.flush()
         return output._replace(metrics={**(output.metrics or {}), **loss, **metrics})
@@ -358,7 +365,9 @@ class AspoTrainer(WholeCheckpoints, TokenBatches):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's train; resume_from_checkpoint=True goes on from the last *complete* checkpoint of output_dir."""
         try:
-            return super().train(*args, **kwargs)
+            done = super().train(*args, **kwargs)
+            self._finite.check(p for p in self.model.parameters() if p.requires_grad)  # what came after the last log
+            return done
         finally:
             if self._settled:
                 self.vision.flush()
