@@ -8,10 +8,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from aspo.model import parse_dtype
@@ -31,6 +34,7 @@ UNSUPPORTED = {
     "label_names": "the collator fixes what the loss reads",
     "bf16_full_eval": "it would convert the policy but not its reference; use bf16",
     "fp16_full_eval": "it would convert the policy but not its reference; use fp16",
+    "logging_nan_inf_filter": "a loss that is not finite ends the run; leave it off",
     "parallelism_config": "the trainer is parallel over pairs; a sequence or a vocabulary is cut by the functions of "
     "docs/parallel.md",
 }
@@ -161,6 +165,8 @@ class AspoConfig(ObjectiveOptions, TrainingArguments):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self.loss_type = [TRL_NAMES.get(name, name) for name in self.loss_type]
+        if self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU"):  # else transformers leaves the timeout out
+            PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
         self.dataloader_pin_memory &= torch.accelerator.is_available() and not self.use_cpu  # else torch warns
         if self.use_liger_kernel:  # for the body alone: its loss would be another one, and is never run

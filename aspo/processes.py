@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 T = TypeVar("T")
 # gloo's words, in plain RuntimeErrors; NCCL has a class of its own.
-LOST = re.compile(r"(Connection (closed|reset|refused)|Timed out waiting|Broken pipe|Connection timed out)[^[\n.]*")
+LOST = re.compile(r"(Connection (closed|reset|refused)|Timed out waiting|Broken pipe|Connection timed out)[^[\n.,]*")
 
 
 def inside(module: nn.Module, function: Callable[..., T], *args: Any, inner: nn.Module | None = None) -> T:
@@ -83,6 +83,6 @@ def lost_peer(error: BaseException) -> str | None:
     why = found.group(0).strip() if found else text.partition("\n")[0]
     rank, size = (os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE"))
     return (
-        f"process {rank} of {size} waited for the others, and one of them has died or hangs ({why}). What is saved is "
+        f"process {rank} of {size} waited for the others, and one of them has died or hangs ({why}). What is done is "
         "kept: run the same command again"
     )

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
+from aspo.processes import lost_peer
+
 T = TypeVar("T")
 WAIT_MINUTES = 1440
 """How long one process waits for another. One that dies closes its connections, which the others see at once: this ends
@@ -61,11 +63,7 @@ class Processes:
         try:
             dist.all_gather_object(values, value, group=self.group)
         except RuntimeError as error:  # gloo's, of a closed connection or of the time being over
-            why = str(error).splitlines()[0]
-            raise ConnectionError(
-                f"process {self.rank} of {self.size} waited for the others, and one of them has died or hangs ({why}). "
-                "What is done is kept: run the same command again, with any number of processes"
-            ) from error
+            raise ConnectionError(lost_peer(error) or str(error)) from error
         return values
 
     def share(self, count: int, function: Callable[[int], T]) -> list[T]:
