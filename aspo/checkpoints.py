@@ -15,11 +15,12 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerState
 
@@ -116,7 +117,7 @@ def written(folder: Path, is_main: bool) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
         before = last_checkpoint(folder.parent if is_checkpoint else folder)
         raise OSError(
-            f"{folder} could not be written ({why}; {free:.0f} MiB are free there): "
+            f"{folder} could not be written ({why}; {free:.1f} MiB are free there): "
             + (f"{before} is kept. " if before else "")
             + "Make room and run the same command again"
         ) from error
@@ -173,6 +174,20 @@ def _first_line(error: Any) -> str:
 # ---- inside Trainer ----
 
 
+@contextmanager
+def _not_in_shards(accelerator: Accelerator) -> Iterator[None]:
+    """Trainer writes no model at all where FSDP's checkpoints are in shards."""
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    kind = getattr(plugin, "state_dict_type", None)
+    if plugin is not None:
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+    try:
+        yield
+    finally:
+        if plugin is not None:
+            plugin.state_dict_type = kind
+
+
 class WholeCheckpoints(Trainer):
     """A Trainer whose checkpoints are whole once they count, and stay until a newer one is."""
 
@@ -201,11 +216,13 @@ class WholeCheckpoints(Trainer):
             super()._load_rng_state(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's. A full disk is told in one line."""
-        with ExitStack() as stack:
-            if not _internal_call:
-                stack.enter_context(written(Path(output_dir or str(self.args.output_dir)), self.args.should_save))
-            super().save_model(output_dir, _internal_call)
+        """Trainer's, but what is no checkpoint is never in shards. A full disk is told in one line."""
+        if _internal_call:
+            super().save_model(output_dir, True)
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        with written(folder, self.args.should_save), _not_in_shards(self.accelerator):
+            super().save_model(output_dir)
 
     def restore_finished(self, checkpoint: str) -> bool:
         """Load a checkpoint if it is the last one of its run, and say whether it was.

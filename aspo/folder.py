@@ -87,7 +87,11 @@ def _store_image(folder: Path, entry: Any) -> str:
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{name}.{secrets.token_hex(4)}.partial")  # other processes may store it too
-        partial.write_bytes(content)
+        try:
+            partial.write_bytes(content)
+        except OSError as error:  # a full disk's names no file
+            partial.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(target)) from error
         partial.replace(target)
     return f"images/{name}"
 

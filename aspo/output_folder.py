@@ -17,7 +17,7 @@ from aspo.shards import Processes
 
 LOCK_FILE = ".lock"
 PATIENCE_SECONDS = 10.0  # in which the data loaders of a killed run, which hold its lock too, are gone
-GIB = 2**30
+MIB = 2**20
 
 
 @contextmanager
@@ -75,6 +75,6 @@ def check_room(folder: str | Path, model: nn.Module, optimizer: str) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
-            f"{folder} has {free / GIB:.2f} GiB free, and one checkpoint takes at least {needed / GIB:.2f} GiB: make "
+            f"{folder} has {free / MIB:.1f} MiB free, and one checkpoint takes at least {needed / MIB:.1f} MiB: make "
             "room, or choose another --output_dir"
         )

@@ -75,6 +75,8 @@ class AtWrite:
         save, serialize = torch.save, safetensors.torch.serialize_file
 
         def saving(value: Any, file: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(file, str | Path):  # a stream
+                return save(value, file, *args, **kwargs)
             with self.write(Path(file)):
                 return save(value, file, *args, **kwargs)
 
@@ -151,3 +153,24 @@ def fill_disk(place: Path, leave_kib: int) -> Path:
         except OSError as error:
             assert error.errno == errno.ENOSPC
     return path
+
+
+@contextmanager
+def read_only(place: Path) -> Iterator[None]:
+    """While entered, the file system at `place` cannot be written to."""
+    subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True)
+
+
+class Fill:
+    """Losses pass; meanwhile somebody fills the disk but for some room."""
+
+    def __init__(self, place: Path, leave_kib: int) -> None:
+        self.place, self.leave_kib = place, leave_kib
+
+    def __call__(self, losses: Any) -> Any:
+        fill_disk(self.place, self.leave_kib)
+        return losses

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import injected
 import pytest
-from faults import KILLED, Command, Place, assert_same, fault, kept, losses, run, said
-from injected import AtStep
+from faults import KILLED, STEPS, Command, Place, assert_same, fault, kept, losses, run, said
+from injected import AtStep, AtWrite
 from tiny import CHAT_TEMPLATE, tiny_llava
 
 from aspo.reference.logp_cache import META_FILE
@@ -217,6 +217,24 @@ def test_fsdp(place, killed, kind, then):
     assert f"going on from {checkpoint}" in text
     assert_same(place.whole(), output, ROUNDING)
     assert losses(output) == pytest.approx(losses(place.whole()), abs=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["FULL", "SHARDED"])
+@fault(
+    "SIGKILL while the final model is written under FSDP2",
+    sees="",
+    kept="the last step's checkpoint",
+    goes_on="the same command writes the model, whole, without a further step: the same weights",
+)
+def test_fsdp_final_save(place, tmp_path, kind):
+    more, environment = fsdp(kind)
+    argv = place.training(tmp_path / "out", *more, size=2)
+    fault = AtWrite("out", "adapter_model.safetensors", half=True)
+    statuses, texts = Command(argv, tmp_path / "printed", 2, fault, **environment).wait()
+    assert statuses[0] == KILLED and kept(tmp_path / "out") == ["checkpoint-4", "checkpoint-8"], texts
+    place.ends(argv, 2, **environment)
+    assert_same(place.whole(), tmp_path / "out", ROUNDING)
+    assert len(losses(tmp_path / "out")) == STEPS
 
 
 def test_what_is_refused_is_refused_before_a_model_is_loaded(place, killed, tmp_path):
