@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import torch.distributed as dist
 from torch import nn
 from transformers import HfArgumentParser, ProgressCallback, TrainingArguments
 
@@ -150,6 +151,8 @@ def parse_config(args: argparse.Namespace) -> AspoConfig:
 def run(args: argparse.Namespace) -> int:
     """Train as the arguments say; 0 when done. Raises KeyboardInterrupt when stopped by Ctrl-C, state saved."""
     train(parse_config(args))
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()  # gloo's threads may abort a process that ends without
     return 0
 
 

@@ -177,8 +177,8 @@ def test_acpos_target_is_of_the_whole_step_and_its_scale_with_it(make):
         seen[size] = []
         losses = trainer.pair_losses
 
-        def spy(inputs, losses=losses, kept=seen[size]):
-            given, result = losses(inputs)
+        def spy(inputs, model, losses=losses, kept=seen[size]):
+            given, result = losses(inputs, model)
             kept.append(torch.stack([result.stats["acpo_scale"], result.stats["acpo_target"]], 1))
             return given, result
 
