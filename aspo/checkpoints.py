@@ -74,8 +74,13 @@ def is_complete(checkpoint: str | Path) -> bool:
     if not states or ranks != list(range(len(ranks))):
         return False
     return (folder / "scheduler.pt").is_file() and all(
-        zipfile.is_zipfile(path) for pattern in ZIPS for path in folder.glob(pattern)
+        _is_whole_zip(path) for pattern in ZIPS for path in folder.glob(pattern)
     )
+
+
+def _is_whole_zip(path: Path) -> bool:
+    with path.open("rb") as file:  # its directory is at the end, and lost space on a disk reads as zeros
+        return file.read(4) == b"PK\x03\x04" and zipfile.is_zipfile(file)
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -158,7 +163,7 @@ def being_read(checkpoint: str) -> Iterator[None]:
     """Around the reading of a checkpoint's files. Raises ValueError in one line where one of them is damaged."""
     try:
         yield
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError) as error:
+    except (RuntimeError, EOFError, LookupError, pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError) or lost_peer(error):
             raise
         raise ValueError(

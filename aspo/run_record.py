@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from aspo import trust
-from aspo.checkpoints import CHECKPOINT, checkpoints, is_complete, last_checkpoint, steps_of
+from aspo.checkpoints import CHECKPOINT, being_read, checkpoints, is_complete, last_checkpoint, steps_of
 from aspo.config import AspoConfig
 from aspo.folder import IMAGE_COLUMNS
 from aspo.model import resolve_model
@@ -151,7 +151,7 @@ def earlier_run(config: AspoConfig, record: Mapping[str, Any]) -> tuple[dict[str
             "optimiser step must take as much: per_device_train_batch_size x gradient_accumulation_steps x processes"
         )
     if found is not None:
-        trust.refuse_code(str(found), folder)
+        _check_content(found, folder)
     return before, None if found is None else str(found)
 
 
@@ -169,8 +169,13 @@ def _named(chosen: Path, folder: Path) -> str:
             f"{folder} holds {later[-1].name}, which is later than {chosen}: leave --resume_from_checkpoint out to go "
             "on from it, or choose another --output_dir"
         )
-    trust.refuse_code(chosen, folder)
+    _check_content(chosen, folder)
     return str(chosen)
+
+
+def _check_content(checkpoint: Path, folder: Path) -> None:
+    with being_read(str(checkpoint)):
+        trust.refuse_code(checkpoint, folder)
 
 
 def start_settings(model: nn.Module, processor: Any) -> dict[str, str | None]:

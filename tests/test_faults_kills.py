@@ -16,6 +16,7 @@ from injected import AtStep, AtWrite
 
 ROOT = Path(__file__).parents[1]
 INTERRUPTED = 130
+DROPOUT = ("--lora_dropout", 0.2, "--disable_dropout", "false")  # random numbers go on where they were
 SECONDS_TO_END = 60  # in which the others notice a death, on a loaded machine too
 
 
@@ -24,18 +25,20 @@ def place(tmp_path_factory):
     return Place(tmp_path_factory.mktemp("kills"))
 
 
+@pytest.mark.parametrize("options", [(), DROPOUT, ("--no_use_lora",)], ids=["LoRA", "dropout", "full"])
 @fault(
     "SIGKILL, or a loss of power, during a step",
     sees="",
-    kept="the last checkpoint: at most `save_steps` - 1 steps are lost",
+    kept="the last checkpoint: at most `save_steps` - 1 steps, and the one in hand, are lost",
     goes_on="the same command: the same weights, bit for bit",
 )
-def test_sigkill_during_a_step(place, tmp_path):
-    argv, output = place.training(tmp_path / "out"), tmp_path / "out"
+def test_sigkill_during_a_step(place, tmp_path, options):
+    argv, output = place.training(tmp_path / "out", *options), tmp_path / "out"
     status, _ = run(argv, tmp_path / "printed", fault=AtStep(6, (0,), injected.die))
     assert status == KILLED and kept(output) == ["checkpoint-4"]
-    assert f"going on from {output / 'checkpoint-4'}" in place.goes_on(argv)
-    assert losses(output) == losses(place.whole())
+    whole = place.whole(1, *options)
+    assert f"going on from {output / 'checkpoint-4'}" in place.goes_on(argv, like=whole)
+    assert losses(output) == losses(whole)
 
 
 @fault(
@@ -109,7 +112,7 @@ def test_sigterm_to_one_of_two(place, tmp_path, request):
     place.goes_on(argv, 2)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("rank", "options"), [(0, ()), (1, DROPOUT)])
 @fault(
     "SIGKILL of one of several processes",
     sees="aspo train: process <rank> of 2 waited for the others, and one of them has died or hangs (<why>). What is "
@@ -117,8 +120,8 @@ def test_sigterm_to_one_of_two(place, tmp_path, request):
     kept="the last checkpoint; the others end by themselves within seconds (exit status 2), with a launcher or without",
     goes_on="the same command, on any number of processes: the same weights (bit for bit on the same number)",
 )
-def test_sigkill_of_one_of_two(place, tmp_path, request, rank):
-    argv, output = place.training(tmp_path / "out", size=2), tmp_path / "out"
+def test_sigkill_of_one_of_two(place, tmp_path, request, rank, options):
+    argv, output = place.training(tmp_path / "out", *options, size=2), tmp_path / "out"
     command = Command(argv, tmp_path / "printed", 2, AtStep(6, (rank,), injected.die))
     command.processes[rank].join(SECONDS)
     died = time.monotonic()
@@ -128,7 +131,7 @@ def test_sigkill_of_one_of_two(place, tmp_path, request, rank):
     assert statuses[rank] == KILLED and statuses[1 - rank] == 2 and seconds < SECONDS_TO_END
     said(request.function, texts[1 - rank])
     assert kept(output) == ["checkpoint-4"]
-    place.goes_on(argv, 2)
+    place.goes_on(argv, 2, place.whole(2, *options))
 
 
 @fault(
