@@ -5,12 +5,13 @@ import aspo  # isort: skip  # noqa: F401  (first: it makes torchvision importabl
 import json
 import os
 import shutil
+from zipfile import is_zipfile
 
 import faults
 import injected
 import pytest
 from faults import KILLED, Command, Place, assert_same, fault, kept, run, said
-from injected import AtStep
+from injected import AtStep, AtWrite
 
 from aspo.checkpoints import is_complete
 from aspo.resume import write_json
@@ -58,6 +59,21 @@ def test_a_truncated_checkpoint(place, tmp_path):
     (last / "scheduler.pt").write_bytes(content)
     os.truncate(last / "optimizer.pt", 100_000)
     assert f"going on from {before}" in place.goes_on(place.training(output))
+
+
+@fault(
+    "SIGKILL while a checkpoint that was cut short is written again",
+    sees="",
+    kept="the checkpoint before: old and new files in one folder never count as one",
+    goes_on="the same command: the same weights, bit for bit",
+)
+def test_a_kill_over_a_truncated_checkpoint(place, tmp_path):
+    output = unfinished(place, tmp_path / "out")
+    os.truncate(output / "checkpoint-8" / "optimizer.pt", 100_000)
+    status, _ = run(place.training(output), tmp_path / "p", fault=AtWrite("checkpoint-8", "scheduler.pt"))
+    assert status == KILLED and is_zipfile(output / "checkpoint-8" / "optimizer.pt")  # it is whole again
+    assert kept(output) == ["checkpoint-4"]
+    place.goes_on(place.training(output))
 
 
 @fault(

@@ -27,7 +27,7 @@ def place(tmp_path_factory):
 
 @pytest.mark.parametrize("options", [(), DROPOUT, ("--no_use_lora",)], ids=["LoRA", "dropout", "full"])
 @fault(
-    "SIGKILL, or a loss of power, during a step",
+    "SIGKILL during a step",
     sees="",
     kept="the last checkpoint: at most `save_steps` - 1 steps, and the one in hand, are lost",
     goes_on="the same command: the same weights, bit for bit",
@@ -56,7 +56,7 @@ def test_sigkill_before_the_first_checkpoint(place, tmp_path):
 
 @pytest.mark.parametrize(("file", "half"), [("adapter_model.safetensors", True), ("trainer_state.json", False)])
 @fault(
-    "SIGKILL, or a loss of power, while a checkpoint is written (`save_total_limit` 1)",
+    "SIGKILL while a checkpoint is written (`save_total_limit` 1)",
     sees="",
     kept="the checkpoint before: it is deleted only when the new one is whole and on the disk",
     goes_on="the same command passes the half one over, and writes it again: the same weights, bit for bit",
