@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-zero lint bench smoke evidence-grid evidence evidence-more clean
+.PHONY: demo test test-zero nightly lint bench smoke evidence-grid evidence evidence-more clean
 
 demo: $(VENV)/.train  ## pairs -> score -> train DPO and ASPO -> eval -> report, on the embedded world
 	$(BIN)/aspo demo --out runs/demo
@@ -14,6 +14,9 @@ test: $(VENV)/.dev  ## every test, a process for each core
 
 test-zero: $(VENV)/.zero  ## ZeRO-2 and ZeRO-3 over gloo; DeepSpeed is in a folder of its own: it prints, and slows imports down
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/zero PATH="$(abspath $(VENV))/zero/bin:$$PATH" $(BIN)/python -m pytest tests/test_distributed.py tests/test_accelerate_configs.py -k zero
+
+nightly: $(VENV)/.dev  ## every kill point, every damaged file, every fill of a disk (docs/reliability.md); the tests take samples
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fault_sweep.py
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
