@@ -51,4 +51,7 @@ def test_links_lead_somewhere() -> None:
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
     assert links
     for link in links:
-        assert (ROOT / link).exists(), link
+        path, _, section = link.partition("#")
+        assert (ROOT / path).exists(), link
+        headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(encoding="utf-8"), re.M) if section else []
+        assert not section or section in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, link
