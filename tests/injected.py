@@ -112,15 +112,13 @@ class AtWrite:
 
 
 def at_deletion(rank: int) -> None:
-    """Kills a process when half of a folder's files are deleted."""
+    """Kills a process when one file of a folder that it deletes is gone, and one that nobody would miss."""
 
-    def half(folder: Any, *_: Any, **__: Any) -> None:
-        files = sorted(path for path in Path(folder).iterdir() if path.is_file())
-        for path in files[: len(files) // 2]:
-            path.unlink()
+    def begin(folder: Any, *_: Any, **__: Any) -> None:
+        (Path(folder) / "README.md").unlink()
         die()
 
-    shutil.rmtree = half  # type: ignore[assignment]
+    shutil.rmtree = begin  # type: ignore[assignment]
 
 
 @contextmanager
