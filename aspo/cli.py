@@ -143,5 +143,8 @@ def _run(name: str, arguments: list[str]) -> int:
 
 def _one_line(error: Exception) -> str:
     """Without line breaks, and without what a terminal would obey: parts of it come from rows and file names."""
-    text = " ".join(str(error).split())
+    text = str(error)
+    if "in DataLoader worker process" in text:  # torch puts the whole traceback into the message
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    text = " ".join(text.split())
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text) or type(error).__name__

@@ -77,6 +77,11 @@ def lost_peer(error: BaseException) -> str | None:
     if not isinstance(error, RuntimeError):
         return None
     text = str(error).strip()
+    if "DataLoader worker" in text and ("killed" in text or "exited unexpectedly" in text):
+        return (
+            f"a process that loads data has died ({text.splitlines()[0]}): with too little memory for them, lower "
+            "--dataloader_num_workers. What is done is kept: run the same command again"
+        )
     found = LOST.search(text) if "gloo" in text else None
     if not (found or isinstance(error, dist.DistError)):
         return None

@@ -235,11 +235,11 @@ def spoilt_rows(place, folder, spoil):
     return folder
 
 
-def stopped(place, tmp_path, request, spoil, trained=0):
+def stopped(place, tmp_path, request, spoil, *more, trained=False):
     """Training on such rows: one line, nothing trained; with the rows as they were, the same command goes on."""
     rows = spoilt_rows(place, tmp_path / "rows", spoil)
     for size in (1, 2):
-        argv = place.training(tmp_path / f"out-{size}", size=size)
+        argv = place.training(tmp_path / f"out-{size}", *more, size=size)
         argv[argv.index("--train_data") + 1] = rows
         statuses, texts = Command(argv, tmp_path / f"p-{size}", size).wait()
         assert statuses == [2] * size, texts
@@ -294,17 +294,18 @@ def test_an_image_that_is_gone(place, tmp_path, request):
     stopped(place, tmp_path, request, lambda row, line, folder: (folder / row["images"][0]).unlink())
 
 
+@pytest.mark.parametrize("workers", [0, 1])
 @fault(
     "an image is cut short",
     sees="aspo train: row 'row-9': <what>",
     kept="the last checkpoint: images are decoded when their batch comes",
     goes_on="when the image is whole again, or the row deleted (which is another data set)",
 )
-def test_a_truncated_image(place, tmp_path, request):
+def test_a_truncated_image(place, tmp_path, request, workers):
     def cut(row, line, folder):
         os.truncate(folder / row["images"][0], 60)
 
-    stopped(place, tmp_path, request, cut, trained=1)
+    stopped(place, tmp_path, request, cut, "--dataloader_num_workers", workers, trained=True)
 
 
 def test_rows_are_as_many_as_the_tests_think(place):

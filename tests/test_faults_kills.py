@@ -154,6 +154,23 @@ def test_one_of_two_hangs(place, tmp_path, request):
     place.goes_on(argv, 2)
 
 
+@fault(
+    "SIGKILL of a process that loads data (`--dataloader_num_workers`)",
+    sees="aspo train: a process that loads data has died (<why>): with too little memory for them, lower "
+    "--dataloader_num_workers. What is done is kept: run the same command again",
+    kept="the last checkpoint",
+    goes_on="the same command: the same weights, bit for bit",
+)
+def test_sigkill_of_a_data_loader(place, tmp_path, request):
+    one_by_one = ("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 6)  # or all were loaded before
+    argv, output = place.training(tmp_path / "out", "--dataloader_num_workers", 1, *one_by_one), tmp_path / "out"
+    status, text = run(argv, tmp_path / "printed", fault=AtStep(5, (0,), injected.kill_children))
+    assert status == 2, text
+    said(request.function, text)
+    assert kept(output) == ["checkpoint-4"]
+    place.goes_on(argv, like=place.whole(1, *one_by_one))
+
+
 @pytest.mark.parametrize("size", [1, 2])
 @fault(
     "the loss is no number, on one process or on any one of several",
