@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-zero nightly lint bench smoke evidence-grid evidence evidence-more clean
+.PHONY: demo test test-zero nightly fuzz lint bench smoke evidence-grid evidence evidence-more clean
 
 demo: $(VENV)/.train  ## pairs -> score -> train DPO and ASPO -> eval -> report, on the embedded world
 	$(BIN)/aspo demo --out runs/demo
@@ -17,6 +17,9 @@ test-zero: $(VENV)/.zero  ## ZeRO-2 and ZeRO-3 over gloo; DeepSpeed is in a fold
 
 nightly: $(VENV)/.dev  ## every kill point, every damaged file, every fill of a disk (docs/reliability.md); the tests take samples
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fault_sweep.py
+
+fuzz: $(VENV)/.dev  ## splitter, row loaders, layout and configuration, ten minutes each (docs/untrusted.md)
+	for target in splitter rows layout config; do $(BIN)/python -m tests.fuzz --minutes 10 $$target || exit 1; done
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
