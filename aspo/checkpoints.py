@@ -26,6 +26,7 @@ from transformers import Trainer, TrainerState
 
 from aspo.atomic import sync
 from aspo.processes import lost_peer
+from aspo.shards import Processes
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 STATE = "trainer_state.json"
@@ -93,6 +94,10 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 def steps_of(checkpoint: Path) -> int:
     """The steps in a checkpoint's name."""
     return int(checkpoint.name.rpartition("-")[2])
+
+
+def _name(checkpoint: Path | None) -> str:
+    return "no complete checkpoint" if checkpoint is None else checkpoint.name
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
@@ -242,9 +247,10 @@ class WholeCheckpoints(Trainer):
         return True
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's train; True goes on from the last *complete* checkpoint of output_dir."""
+        """Trainer's train; True goes on from the last *complete* checkpoint of output_dir, if all processes see it."""
         if resume_from_checkpoint is True:
-            found = last_checkpoint(str(self.args.output_dir))
+            folder = str(self.args.output_dir)
+            found = Processes.current().same(folder, lambda: last_checkpoint(folder), _name)
             if found is None:
                 raise ValueError(f"{self.args.output_dir} has no complete checkpoint to go on from")
             resume_from_checkpoint = str(found)

@@ -25,12 +25,13 @@ def held(folder: str | Path) -> Iterator[None]:
     """Keep other runs out of a folder, which is made if absent. All processes call this together.
 
     The lock is the system's, on a file of the folder: it ends with the process, however that ends. A file system that
-    knows no locks keeps nobody out. Raises ValueError in all processes where another run has the folder, OSError where
-    it cannot be written.
+    knows no locks keeps nobody out. Raises ValueError in all processes where another run has the folder, or where they
+    do not all see what the first one wrote into it; OSError where it cannot be written.
     """
     processes = Processes.current()
     handle = processes.once("", lambda: _lock(Path(folder)))
     try:
+        processes.same(str(folder), lambda: _holder(Path(folder)))
         yield
     finally:
         if processes.main:
@@ -50,7 +51,7 @@ def _lock(folder: Path) -> int:
             if time.monotonic() < end:
                 time.sleep(0.1)
                 continue
-            holder = path.read_text(encoding="utf-8").strip() or "another process"
+            holder = _holder(folder)
             os.close(handle)
             raise ValueError(
                 f"{folder} is in use by another run ({holder}): wait for it, or choose another --output_dir"
@@ -61,6 +62,12 @@ def _lock(folder: Path) -> int:
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     return handle
+
+
+def _holder(folder: Path) -> str:
+    """Who holds a folder, as its lock file says."""
+    path = folder / LOCK_FILE
+    return (path.read_text(encoding="utf-8").strip() or "another process") if path.is_file() else f"no {LOCK_FILE}"
 
 
 def check_room(folder: str | Path, model: nn.Module, optimizer: str) -> None:

@@ -14,12 +14,13 @@ from typing import Any
 from torch import nn
 
 from aspo import trust
-from aspo.checkpoints import CHECKPOINT, being_read, checkpoints, is_complete, last_checkpoint, steps_of
+from aspo.checkpoints import CHECKPOINT, STATE, being_read, checkpoints, is_complete, last_checkpoint, steps_of
 from aspo.config import AspoConfig
 from aspo.folder import IMAGE_COLUMNS
 from aspo.model import resolve_model
 from aspo.reference.settings import processor_settings, weights_sample
 from aspo.resume import differences
+from aspo.shards import Processes
 
 # Options that may differ between a run and its continuation, by prefix: they change nothing in the weights.
 FREE_ON_RESUME = (
@@ -128,10 +129,25 @@ def is_finished(config: AspoConfig, record: Mapping[str, Any]) -> bool:
 
 
 def earlier_run(config: AspoConfig, record: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
-    """The record in output_dir, and the checkpoint to go on from; None where there is none.
+    """The record in output_dir, and the checkpoint to go on from; None where there is none. All processes call this.
 
-    Raises ValueError where output_dir holds a run of other settings, or where checkpoints would mix with others.
+    Raises ValueError where output_dir holds a run of other settings, where checkpoints would mix with others, and where
+    processes see different records or checkpoints.
     """
+    return Processes.current().same(str(config.output_dir), lambda: _earlier_run(config, record), _what_is_there)
+
+
+def _what_is_there(found: tuple[dict[str, Any] | None, str | None]) -> str:
+    """In words, which differ where records or checkpoints do."""
+    before, checkpoint = found
+    run = "no run.json" if before is None else f"a run of {before['started']}" + ", finished" * bool(before["finished"])
+    if checkpoint is None:
+        return f"{run}, no checkpoint"
+    state = hashlib.sha256((Path(checkpoint) / STATE).read_bytes()).hexdigest()
+    return f"{run}, {Path(checkpoint).name} (whose {STATE} is {state[:8]})"
+
+
+def _earlier_run(config: AspoConfig, record: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
     folder, before = Path(str(config.output_dir)), _read_record(record_path(config))
     if _is_named(config):
         return before, _named(Path(str(config.resume_from_checkpoint)), folder)

@@ -3,6 +3,7 @@
 import aspo  # isort: skip  # noqa: F401  (first: it makes torchvision importable on a CPU torch)
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -194,6 +195,76 @@ def test_an_earlier_checkpoint_is_named(place, tmp_path, request):
     refused(place, request, whole, place.training(whole, *named), tmp_path)
     place.ends(place.training(tmp_path / "out", *named))
     assert_same(whole, tmp_path / "out")
+
+
+class Elsewhere:
+    """The second process runs in another folder: what has a relative path is not what the first one sees."""
+
+    def __init__(self, folder: Path, other: Path) -> None:
+        self.folders = folder, other
+
+    def __call__(self, rank: int) -> None:
+        from aspo.shards import processes
+
+        os.chdir(self.folders[rank])
+        processes.SAME_SECONDS = 1
+
+
+DIFFERENT = (
+    "aspo train: the processes see different things in <output_dir>: process 0 on <machine> sees <what>; process 1 on "
+    "<machine> sees <what>. All machines must see one folder under this path: put it on a file system that they share"
+)
+
+
+@fault(
+    "one of several processes sees other checkpoints, or another run.json, than the others",
+    sees=DIFFERENT,
+    kept="all; no model is loaded (exit status 2 everywhere)",
+    goes_on="when all see one folder",
+)
+def test_processes_see_different_checkpoints(place, killed, tmp_path, request):
+    output, other = killed(), tmp_path / "other" / "out"
+    before = sorted(output.rglob("*"))
+    for there in ("nothing", "an earlier one", "another one", "another run"):
+        shutil.rmtree(other, ignore_errors=True)
+        shutil.copytree(output, other)
+        state, record = (
+            json.loads((other / name).read_text()) for name in ("checkpoint-4/trainer_state.json", "run.json")
+        )
+        state |= {"an earlier one": {"global_step": 2}, "another one": {"epoch": 0.5}}.get(there, {})
+        record |= {"another run": {"started": "2000-01-01"}}.get(there, {})
+        (other / "checkpoint-4" / "trainer_state.json").write_text(json.dumps(state))
+        (other / "run.json").write_text(json.dumps(record))
+        if there == "an earlier one":
+            (other / "checkpoint-4").rename(other / "checkpoint-2")
+        if there == "nothing":
+            shutil.rmtree(other)
+        apart = Elsewhere(output.parent, other.parent)
+        statuses, texts = Command(place.training("out", size=2), tmp_path / "printed", 2, apart).wait()
+        assert statuses == [2, 2], texts
+        for text in texts:
+            said(request.function, text)
+            assert "checkpoint-4 (whose" in text and "Loading weights" not in text
+        assert ("no run.json, no checkpoint" in texts[0]) == (there == "nothing")
+        assert sorted(output.rglob("*")) == before
+    place.goes_on(place.training(output, size=2), 2, place.whole(), ROUNDING)
+
+
+@fault(
+    "one of several processes does not see the output folder that the first one has made",
+    sees=DIFFERENT,
+    kept="all; no model is loaded, so that no run ends with its checkpoints in pieces (exit status 2 everywhere)",
+    goes_on="when all see one folder",
+)
+def test_processes_that_share_no_folder_do_not_begin(place, tmp_path, request):
+    (tmp_path / "other").mkdir()
+    apart = Elsewhere(tmp_path, tmp_path / "other")
+    statuses, texts = Command(place.training("out", size=2), tmp_path / "printed", 2, apart).wait()
+    assert statuses == [2, 2], texts
+    for text in texts:
+        said(request.function, text)
+        assert "sees no .lock" in text and "Loading weights" not in text
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 def fsdp(kind):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +21,7 @@ T = TypeVar("T")
 WAIT_MINUTES = 1440
 """How long one process waits for another. One that dies closes its connections, which the others see at once: this ends
 the wait for one that hangs, or whose machine is gone, and must be longer than the longest work of one process."""
+SAME_SECONDS = 10  # in which a network file system shows what another machine has written
 _groups: dict[float, Any] = {}  # minutes -> a gloo group of all processes: their words are few, and no accelerator's
 
 
@@ -69,8 +72,13 @@ class Processes:
     def share(self, count: int, function: Callable[[int], T]) -> list[T]:
         """[function(0), ..., function(count - 1)] in every process; each works out every size-th of them."""
         own = [function(i) for i in range(self.rank, count, self.size)]
-        by_rank = self.gather(own)
-        return [by_rank[i % self.size][i // self.size] for i in range(count)]
+        given = self.gather((count, own))
+        if len({counted for counted, _ in given}) > 1:
+            raise ValueError(
+                f"the processes have different work, of {', '.join(str(counted) for counted, _ in given)} parts by "
+                "process: every machine must read the same rows with the same options"
+            )
+        return [given[i % self.size][1][i // self.size] for i in range(count)]
 
     def once(self, what: str, function: Callable[[], T]) -> T:
         """What the first process's call of a function gives, in every process; the others wait, and say for what.
@@ -94,6 +102,35 @@ class Processes:
         if outcome[0][1] is not None:
             raise outcome[0][1]
         return outcome[0][0]
+
+    def same(self, what: str, look: Callable[[], T], words: Callable[[T], str] = str) -> T:
+        """What a look at a file or folder gives, which must be the same, in `words`, for every process.
+
+        Each looks again for SAME_SECONDS. Raises ValueError in all of them where they still see different things,
+        naming who sees what; bad input and files that all see raise what `look` does.
+        """
+        if self.size == 1:
+            return look()
+        for again in range(SAME_SECONDS, -1, -1):  # counted, not timed: all must look as often
+            value, error = None, None
+            try:
+                value = look()
+                saw = words(value)
+            except (ValueError, OSError) as caught:
+                error, saw = caught, f"{type(caught).__name__}: {caught}"
+            by_rank = self.gather((socket.gethostname(), saw))
+            if len({seen for _, seen in by_rank}) == 1:
+                if error is not None:
+                    raise error
+                return value  # type: ignore[return-value]
+            if again:
+                time.sleep(1)
+        who = {one: [str(rank) for rank, other in enumerate(by_rank) if other == one] for one in by_rank}
+        views = [f"process {', '.join(ranks)} on {host} sees {seen}" for (host, seen), ranks in who.items()]
+        raise ValueError(
+            f"the processes see different things in {what}: {'; '.join(views)}. All machines must see one folder under "
+            "this path: put it on a file system that they share"
+        )
 
 
 def _plain(error: Exception | None) -> Exception | None:
