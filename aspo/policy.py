@@ -170,7 +170,8 @@ def load_weights(model: Any, folder: str) -> None:
     """Read a checkpoint's weights into `model`, all of them.
 
     Through `from_pretrained`, which knows the names under which a model is saved. Trainer compares the bare names: of a
-    LLaVA none match, and it would go on from the start weights with no more than a warning.
+    LLaVA none match, and it would go on from the start weights with no more than a warning. The shapes are the
+    model's own: where config.json is gone, a LLaVA's default of 7B parameters would be made.
     """
-    saved = trust.model(type(model), folder, dtype=model.dtype)
+    saved = trust.model(type(model), folder, config=copy.deepcopy(model.config), dtype=model.dtype)
     model.load_state_dict(saved.state_dict())

@@ -29,7 +29,8 @@ def place(tmp_path_factory):
 def unfinished(place, output, *more, size=1):
     """An undisturbed run's output as a kill after its last checkpoint leaves it."""
     shutil.copytree(place.whole(size, *more), output)
-    (output / "adapter_model.safetensors").unlink()
+    for weights in output.glob("*.safetensors"):
+        weights.unlink()
     write_json(output / "run.json", {**json.loads((output / "run.json").read_text()), "finished": None})
     return output
 
@@ -59,6 +60,21 @@ def test_a_truncated_checkpoint(place, tmp_path):
     (last / "scheduler.pt").write_bytes(content)
     os.truncate(last / "optimizer.pt", 100_000)
     assert f"going on from {before}" in place.goes_on(place.training(output))
+
+
+@fault(
+    "config.json of the last checkpoint of a full fine-tuning is gone",
+    sees="",
+    kept="all: its weights are read with the model's own configuration",
+    goes_on="the same command: the same weights, bit for bit",
+)
+def test_a_checkpoint_without_its_configuration(place, tmp_path):
+    """transformers would build the class's default instead, of 7B parameters."""
+    full = ("--no_use_lora",)
+    output = unfinished(place, tmp_path / "out", *full)
+    (output / "checkpoint-8" / "config.json").unlink()
+    said = place.goes_on(place.training(output, *full), like=place.whole(1, *full))
+    assert f"going on from {output / 'checkpoint-8'}" in said
 
 
 @fault(
