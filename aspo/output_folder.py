@@ -61,6 +61,7 @@ def _lock(folder: Path) -> int:
     with suppress(OSError):  # a full disk is told of by what the run itself writes
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        os.fsync(handle)  # the other machines' processes look for it
     return handle
 
 

@@ -2,6 +2,7 @@
 missing, foreign or changed is noticed."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import multiprocessing
@@ -26,6 +27,7 @@ from aspo.folder import row_line
 from aspo.negatives import autoencoder, embeddings, report, sources
 from aspo.shards import Engine, Job, Processes, assembly, files, run_job
 from aspo.shards import job as jobs
+from aspo.shards import processes as shards_processes
 
 FORK = multiprocessing.get_context("fork")  # importing takes seconds, a fork milliseconds
 SECONDS = 240  # after which a process counts as hanging
@@ -437,6 +439,83 @@ def test_an_error_of_one_process_is_told_and_keeps_what_is_done(pairs, tmp_path)
     assert "process 0 of 2 waited for the others, and one of them has died" in printed[0]
     assert len(list((tmp_path / "out" / "shards" / "rewards").glob("*.jsonl"))) == 3  # those of the first process
     assert run(1, argv, tmp_path / "printed")[0] == [0]
+
+
+def blind(rank):
+    """The second process's file system is late: it sees nothing of what is finished."""
+    if rank == 1:
+        assembly.noted_of = lambda job: None
+        assembly._is_of_older = lambda *_: False
+        Path.exists = lambda path, real=Path.exists: path.name != "calibration.json" and real(path)
+
+
+@pytest.mark.parametrize(("name", "older"), [("changes", False), ("changes", True), ("crop", True), ("fisao", False)])
+def test_whether_a_job_is_finished_is_decided_once(name, older, pairs, tmp_path):
+    argv = arguments(name, pairs, tmp_path / "out")
+    assert cli.main(argv) == 0
+    if older:
+        shutil.rmtree(tmp_path / "out" / "shards")
+    whole = tree(tmp_path / "out")
+    for size in (2, 1):
+        status, printed = run(size, argv, tmp_path / "printed", blind)
+        assert status == [0] * size, printed
+        assert tree(tmp_path / "out") == whole
+
+
+def apart(folder, other):
+    """The second process runs in another folder: what has a relative path is not what the first one sees."""
+
+    def prepare(rank):
+        os.chdir((folder, other)[rank])
+        shards_processes.SAME_SECONDS = 1
+
+    return prepare
+
+
+def test_processes_that_read_different_rows_are_refused(pairs, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(pairs, tmp_path / "data")
+    shutil.copytree(pairs, other / "data")
+    lines = (other / "data" / "rows.jsonl").read_text().splitlines(keepends=True)
+    (other / "data" / "rows.jsonl").write_text("".join([*lines[:5], lines[5].replace("circle", "square"), *lines[6:]]))
+    argv = arguments("changes", "data", tmp_path / "out")
+    status, printed = run(2, argv, tmp_path / "printed", apart(tmp_path, other))
+    assert status == [cli.USAGE] * 2
+    assert all("process 1 has other rows or settings than process 0: every machine" in text for text in printed)
+    assert not (tmp_path / "out" / "shards").exists()
+
+
+def test_processes_that_write_into_different_folders_are_refused_before_the_work(pairs, tmp_path):
+    (tmp_path / "other").mkdir()
+    argv = arguments("changes", pairs, "out")
+    status, printed = run(2, argv, tmp_path / "printed", apart(tmp_path, tmp_path / "other"))
+    assert status == [cli.USAGE] * 2
+    for text in printed:
+        assert (
+            "the processes see different things in out/shards/rewards: process 0 on" in text and "sees nothing" in text
+        )
+    assert not list(tmp_path.rglob("shards/*/*.jsonl"))
+
+
+def test_rows_that_change_during_the_work_are_not_written_under_the_old_ones_key(tmp_path):
+    calls, image = [], tmp_path / "image.png"
+    image.write_bytes(b"1")
+    job = make_job(tmp_path / "out", numbered(4, images=[str(image)]), calls)
+
+    def load():
+        def make(batch, start):
+            if start == 2:
+                image.write_bytes(b"2")
+            return {"rows.jsonl": [json.dumps({"id": row["id"]}) + "\n" for row in batch]}
+
+        return make
+
+    with pytest.raises(
+        ValueError, match="rows 2 to 3 of the data, their images or the settings are not what they were"
+    ):
+        run_job(dataclasses.replace(job, load=load), here())
+    assert len(list((tmp_path / "out" / "shards" / "test").iterdir())) == 1
+    assert run_job(job, here()) == 2  # with the image that is there now
 
 
 @pytest.mark.slow

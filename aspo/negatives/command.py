@@ -86,7 +86,7 @@ def add_negatives(
         if image_entries(row, "negative_images"):
             raise ValueError(f"{row_name(row)}: it has negative_images already; start from the rows without them")
     embeddings = None if scorer is None else Embeddings(out / "embeddings", scorer)
-    if not shards.check_older(out, JOB, ROWS_FILE, [str(row["id"]) for row in rows]):
+    if not shards.check_older(engine.processes, out, JOB, ROWS_FILE, [str(row["id"]) for row in rows]):
         decides = asdict(options) | {"scorer": None if scorer is None else scorer.identity}
         if options.method in POOLED:
             assert pool is not None

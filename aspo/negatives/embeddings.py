@@ -104,7 +104,9 @@ class Embeddings:
         first = {key: n for n, key in reversed(list(enumerate(keys)))}
         distinct = sorted(first.values())
         blocks = [distinct[start : start + BLOCK] for start in range(0, len(distinct), BLOCK)]
-        missing = [b for b, block in enumerate(blocks) if any(keys[n] not in self._features for n in block)]
+
+        def lacking() -> list[int]:
+            return [b for b, block in enumerate(blocks) if any(keys[n] not in self._features for n in block)]
 
         def work(b: int, told: Callable[[int], None]) -> None:
             name, encode = of()
@@ -116,7 +118,9 @@ class Embeddings:
                 told,
             )
 
-        engine.processes.gather(None)  # all have read the same folder
+        missing = engine.processes.once(
+            "", lacking
+        )  # one list, of which each takes its share; all have read the folder
         bar = progress_bar()
         bar.disable = not (engine.processes.main and missing)
         with bar:

@@ -200,7 +200,7 @@ def run(args: argparse.Namespace) -> int:
         return lines_of(made_by, out)
 
     older = DONE_FILE if (out / DONE_FILE).exists() else ROWS_FILE
-    if not shards.check_older(out, JOB, older, rows["id"]):
+    if not shards.check_older(engine.processes, out, JOB, older, rows["id"]):
         decides = {"method": args.method} | {name: value for name, value in options.items() if name != "device"}
         size = options.get("batch_size", 1)
         begin = functools.partial(write_json, out / SETTINGS_FILE, settings)

@@ -80,11 +80,12 @@ def answer_rows(
 
     if any(line["id"] != rows[i]["id"] for i, line in enumerate(read_lines(path)) if i < len(rows)):
         raise ValueError(f"{path} holds answers to other rows: use another --out")
-    if not shards.check_older(path.parent, path.stem, path.name, [row["id"] for row in rows]):
+    engine = engine or shards.Engine(shards.Processes.current())
+    if not shards.check_older(engine.processes, path.parent, path.stem, path.name, [row["id"] for row in rows]):
         decides = {"scorer": verifier.scorer.identity, "vocabulary": verifier.vocabulary.lines, "seed": seed}
         decides |= {"template": verifier.template, **options}
         job = shards.Job(path.parent, path.stem, rows, decides, lines, batch_size, title=title)
-        shards.run_job(job, engine or shards.Engine(shards.Processes.current()))
+        shards.run_job(job, engine)
     return list(read_lines(path))[: len(rows)]
 
 

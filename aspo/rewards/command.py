@@ -198,7 +198,7 @@ def settled_calibration(
 ) -> Calibration:
     """The calibration in --out, or a new one; what it found is printed."""
     path, device = args.out / CALIBRATION_FILE, engine.processes.device_for(args.device)
-    if path.exists():
+    if engine.processes.once("", path.exists):
         calibration = Calibration.load(path)
         now = (verifier.scorer.identity, tuple(verifier.vocabulary.lines))
         if (calibration.identity, calibration.vocabulary) != now:

@@ -78,7 +78,7 @@ def write_scored(
 
         return make
 
-    if not shards.check_older(out, JOB, ROWS_FILE, rows["id"]):
+    if not shards.check_older(engine.processes, out, JOB, ROWS_FILE, rows["id"]):
         shards.run_job(shards.Job(out, JOB, rows, decides, lines, batch_size, title="scoring"), engine)
 
 

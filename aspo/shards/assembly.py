@@ -17,9 +17,20 @@ from aspo.shards.files import read_shard
 
 if TYPE_CHECKING:
     from aspo.shards.job import Job
+    from aspo.shards.processes import Processes
 
 SHARDS_FOLDER, ASSEMBLED_FILE = "shards", "assembled.json"
 PATIENCE_SECONDS = 90.0  # in which a network file system shows what another machine has written
+
+
+def is_done(job: Job, keys: Sequence[str]) -> bool:
+    """Whether nothing is left to do. Raises ValueError where a new assembly would lose rows, or what others made of
+    them."""
+    noted = noted_of(job)
+    if noted is not None and is_assembled(job, noted, keys):
+        return True
+    check_replaced(job, noted)
+    return False
 
 
 def noted_of(job: Job) -> dict[str, Any] | None:
@@ -66,8 +77,15 @@ def _changed_rows(job: Job, noted: Mapping[str, Any]) -> bool:
         return file.seek(0, os.SEEK_END) > 0 and file.seek(-1, os.SEEK_END) > -1 and file.read() == b"\n"
 
 
-def check_older(folder: Path, name: str, file: str, ids: Sequence[str]) -> bool:
-    """Whether an older version, which kept no shards, finished `file` for all rows. ValueError where for some only."""
+def check_older(processes: Processes, folder: Path, name: str, file: str, ids: Sequence[str]) -> bool:
+    """Whether an older version, which kept no shards, finished `file` for all rows. ValueError where for some only.
+
+    The first process looks: all call this together, and get or raise the same.
+    """
+    return processes.once("", lambda: _is_of_older(folder, name, file, ids))
+
+
+def _is_of_older(folder: Path, name: str, file: str, ids: Sequence[str]) -> bool:
     if (folder / SHARDS_FOLDER / name / ASSEMBLED_FILE).exists() or not (folder / file).exists():
         return False
     if set(ids) <= {line["id"] for line in read_lines(folder / file)}:

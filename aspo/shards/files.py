@@ -39,6 +39,19 @@ def shard_key(rows: Sequence[Row], start: int, settings: Mapping[str, Any], fold
     return digest.hexdigest()[:32]
 
 
+def rows_digest(rows: Any, settings: Mapping[str, Any]) -> str:
+    """A hash of a job's settings and of everything in its rows but their images, which take long to read."""
+    digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True, default=str).encode())
+    if hasattr(rows, "column_names"):  # a data set, which is read by columns in a tenth of the time
+        names = sorted(set(rows.column_names) - {"image", *IMAGE_COLUMNS})
+        parts: Iterable[Any] = rows.select_columns(names).iter(1000) if names else [len(rows)]
+    else:
+        parts = ({k: v for k, v in row.items() if k not in ("image", *IMAGE_COLUMNS)} for row in rows)
+    for part in parts:
+        digest.update(b"\n" + json.dumps(part, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
 def _content(row: Row, folder: Path) -> dict[str, Any]:
     """A row with the hashes of its images in their place; `datasets` fills absent values with None: left out."""
     content = {k: v for k, v in row.items() if k not in ("image", *IMAGE_COLUMNS) and v is not None}

@@ -21,7 +21,7 @@ T = TypeVar("T")
 WAIT_MINUTES = 1440
 """How long one process waits for another. One that dies closes its connections, which the others see at once: this ends
 the wait for one that hangs, or whose machine is gone, and must be longer than the longest work of one process."""
-SAME_SECONDS = 10  # in which a network file system shows what another machine has written
+SAME_SECONDS = 90  # in which a network file system shows what another machine has written
 _groups: dict[float, Any] = {}  # minutes -> a gloo group of all processes: their words are few, and no accelerator's
 
 
@@ -72,13 +72,8 @@ class Processes:
     def share(self, count: int, function: Callable[[int], T]) -> list[T]:
         """[function(0), ..., function(count - 1)] in every process; each works out every size-th of them."""
         own = [function(i) for i in range(self.rank, count, self.size)]
-        given = self.gather((count, own))
-        if len({counted for counted, _ in given}) > 1:
-            raise ValueError(
-                f"the processes have different work, of {', '.join(str(counted) for counted, _ in given)} parts by "
-                "process: every machine must read the same rows with the same options"
-            )
-        return [given[i % self.size][1][i // self.size] for i in range(count)]
+        by_rank = self.gather(own)
+        return [by_rank[i % self.size][i // self.size] for i in range(count)]
 
     def once(self, what: str, function: Callable[[], T]) -> T:
         """What the first process's call of a function gives, in every process; the others wait, and say for what.
@@ -123,8 +118,9 @@ class Processes:
                 if error is not None:
                     raise error
                 return value  # type: ignore[return-value]
-            if again:
-                time.sleep(1)
+            if self.main and again == SAME_SECONDS:
+                print(f"waiting until all processes see the same in {what}", file=sys.stderr, flush=True)
+            time.sleep(min(again, 1))
         who = {one: [str(rank) for rank, other in enumerate(by_rank) if other == one] for one in by_rank}
         views = [f"process {', '.join(ranks)} on {host} sees {seen}" for (host, seen), ranks in who.items()]
         raise ValueError(
