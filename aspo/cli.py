@@ -6,9 +6,11 @@ import argparse
 import difflib
 import importlib
 import os
+import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError
 from typing import NoReturn
 
 # Command -> (module with add_arguments(parser) and run(args) -> exit status, one line on what it does)
@@ -40,7 +42,18 @@ COMMANDS = {
 TRUST_VARIABLE = "ASPO_TRUST_REMOTE_CODE"  # read by aspo.trust, which is not imported for --help
 SEVERAL = {"train", "score", "pairs", "negatives", "rewards", "reference"}  # what several processes may share
 USAGE, INTERRUPTED = 2, 130  # exit codes: bad input; stopped with Ctrl-C
-MISSING = 'this command needs {name}, which is not installed: pip install "aspo-kernels[train]"'
+MISSING = "this command needs {name}, which is not installed: pip install {source}"
+GLOBAL_FLAGS = ("--traceback", "--trust_remote_code")  # they stand before the command
+# What other trainers and commands call an option -> our names of it
+ALIASES = {
+    "lr": ("learning_rate",),
+    "epochs": ("num_train_epochs",),
+    "batch_size": ("per_device_train_batch_size",),
+    "model": ("model_name_or_path",),
+    "data": ("train_data",),
+    "out": ("output_dir",),
+    "output": ("output_dir", "out"),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,9 +69,23 @@ class Parser(argparse.ArgumentParser):
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            self.error(f"unknown argument {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            hint = f"put it before the command: aspo {flag} {self.prog.removeprefix('aspo ')} ..."
+            self.error(
+                f"unknown argument {unknown[0]!r}"
+                + (f"; {hint}" if flag in GLOBAL_FLAGS else did_you_mean(flag, self._option_string_actions))
+            )
         return known
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown option, with dashes in front or without: the known one that is meant."""
+    by_plain: dict[str, str] = {}
+    for other in known:  # of two spellings the first, which --help shows
+        by_plain.setdefault(other.lstrip("-").replace("-", "_"), other)
+    plain = name.lstrip("-").replace("-", "_")
+    meant = [by_plain[other] for other in (plain, *ALIASES.get(plain, ())) if other in by_plain]
+    meant = meant or difflib.get_close_matches(name, by_plain.values(), n=1)
+    return f"; did you mean {meant[0]}?" if meant else ""
 
 
 def overview() -> str:
@@ -84,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0, 2 on bad input, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     given = set()
-    while arguments and arguments[0] in ("--traceback", "--trust_remote_code"):
+    while arguments and arguments[0] in GLOBAL_FLAGS:
         given.add(arguments.pop(0))
     show_traceback = "--traceback" in given
     if "--trust_remote_code" in given:
@@ -111,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if show_traceback or not error.name or error.name.split(".")[0] in ("aspo", "aspo_kernels"):
             raise
-        print(f"aspo {name}: {MISSING.format(name=error.name)}", file=sys.stderr)
+        print(f"aspo {name}: {_missing(error)}", file=sys.stderr)
         return USAGE
     except (ValueError, OSError, ImportError) as error:  # ImportError: an optional package, e.g. flash attention
         if show_traceback:
@@ -139,6 +166,15 @@ def _run(name: str, arguments: list[str]) -> int:
     parser = Parser(prog=f"aspo {name}", formatter_class=argparse.RawDescriptionHelpFormatter)
     module.add_arguments(parser)
     return module.run(parser.parse_args(arguments))
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    """What to install. A distribution that is missing is named within a sentence by transformers' version checks."""
+    if not isinstance(error, PackageNotFoundError):
+        return MISSING.format(name=error.name, source='"aspo-kernels[train]"')
+    quoted = re.match(r"The '([\w.-]+)", str(error.args[0]))
+    package = quoted[1] if quoted else str(error.args[0])
+    return MISSING.format(name=package, source=package)
 
 
 def _one_line(error: Exception) -> str:

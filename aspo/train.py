@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import HfArgumentParser, ProgressCallback, TrainingArguments
 
+from aspo.cli import did_you_mean
 from aspo.config import LORA_DEFAULTS, AspoConfig
 from aspo.data import load_rows, validate_rows
 from aspo.meters import Progress
@@ -47,7 +47,7 @@ GROUPS = {  # the options that --help shows, in this order; the others are in --
     "data": ("train_data", "eval_data", "image_root", "max_length"),
     "step": (
         *("shared_prefix", "prefix_attention", "padding_free", "token_budget", "vision_cache"),
-        *("precompute_ref_log_probs", "reference_cache", "kernel_backend"),
+        *("precompute_ref_log_probs", "reference_cache", "kernel_backend", "forward_tokens"),
     ),
     "objective": ("loss_type", "loss_weights", *OBJECTIVE_OPTIONS, "objective_kwargs", "plugins"),
     "LoRA": ("use_lora", *LORA_DEFAULTS),
@@ -105,8 +105,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     known = [option.name for option in dataclasses.fields(AspoConfig)]
     for key in options:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            raise ValueError(f"{path}: unknown option {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise ValueError(f"{path}: unknown option {key!r}" + did_you_mean(str(key), known))
     return dict(options)
 
 

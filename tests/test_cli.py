@@ -10,6 +10,7 @@ import types
 
 import pytest
 from tiny import tiny_llava, tiny_rows
+from transformers.utils.versions import require_version
 
 from aspo import cli, train
 from aspo.data import write_rows
@@ -107,7 +108,45 @@ def test_a_missing_package_says_what_to_install(capsys, command):
     assert 'no_such_package, which is not installed: pip install "aspo-kernels[train]"' in capsys.readouterr().err
 
 
+def test_a_missing_distribution_is_named_alone(capsys, command):
+    def run(args):
+        require_version("no-such.package>=0.9.3", "Try: pip install -U something")
+
+    command(run)
+    assert cli.main(["fake"]) == 2
+    name = "no-such.package"
+    assert f"needs {name}, which is not installed: pip install {name}\n" in capsys.readouterr().err
+
+
 # ---- aspo train ----
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--batch_size", "did you mean --per_device_train_batch_size?"),
+        ("--batch-size=4", "did you mean --per_device_train_batch_size?"),
+        ("--lr", "did you mean --learning_rate?"),
+        ("--epochs", "did you mean --num_train_epochs?"),
+        ("--model", "did you mean --model_name_or_path?"),
+        ("--data", "did you mean --train_data?"),
+        ("--out", "did you mean --output_dir?"),
+        ("--output", "did you mean --output_dir?"),
+        ("--lerning_rate", "did you mean --learning_rate?"),
+        ("--trust_remote_code", "put it before the command: aspo --trust_remote_code train ..."),
+    ],
+)
+def test_what_an_unknown_flag_meant(flag, meant, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", flag, "4"])
+    assert capsys.readouterr().err.startswith(f"aspo train: unknown argument '{flag}'; {meant}")
+
+
+def test_an_unknown_key_of_yaml_is_told_by_its_other_name(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("lr: 1e-5")
+    with pytest.raises(ValueError, match="unknown option 'lr'; did you mean learning_rate"):
+        parse("--config", str(file), *REQUIRED)
 
 
 def parse(*flags):
