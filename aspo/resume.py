@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
@@ -24,10 +25,22 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: tuple[str, ...]) -> list[str]:
-    """Settings that differ, as "name: old -> new", but for names that begin with one of `free`."""
+    """Settings that differ, as "name: old -> new", but for names that begin with one of `free`.
+
+    Two spellings of a file's or folder's path do not differ.
+    """
     old, new = json.loads(json.dumps(dict(old), default=str)), json.loads(json.dumps(dict(new), default=str))
     names = [name for name in {**old, **new} if not name.startswith(free)]
-    return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+    return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if not _same(old.get(name), new.get(name))]
+
+
+def _same(old: Any, new: Any) -> bool:
+    if old == new or not (isinstance(old, str) and isinstance(new, str)):
+        return old == new
+    try:
+        return os.path.samefile(old, new)
+    except (OSError, ValueError):  # at least one is no path, or of what is no longer there
+        return False
 
 
 def check_settings(

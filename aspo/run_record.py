@@ -25,6 +25,7 @@ from aspo.shards import Processes
 # Options that may differ between a run and its continuation, by prefix: they change nothing in the weights.
 FREE_ON_RESUME = (
     "output_dir",
+    "train_data",  # whose rows are compared: "pairs_sha256"
     "image_root",
     "resume",
     "log",

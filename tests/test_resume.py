@@ -169,7 +169,7 @@ def test_resuming_is_exact(workplace, tmp_path, use_lora):
     assert rewards[0] == rewards[1]  # so the reference was the start model both times
 
 
-def test_a_finished_run_is_left_alone_and_another_refused(workplace, tmp_path, capsys):
+def test_a_finished_run_is_left_alone_and_another_refused(workplace, tmp_path, capsys, monkeypatch):
     run = [*map(str, flags(workplace, tmp_path / "out", "--max_steps", 2))]
     assert cli.main(run) == 0
     weights = tmp_path / "out" / "adapter_model.safetensors"
@@ -181,7 +181,13 @@ def test_a_finished_run_is_left_alone_and_another_refused(workplace, tmp_path, c
     assert "beta: 0.1 -> 0.7" in capsys.readouterr().err
     write_rows(tmp_path / "rows", tiny_rows(15))
     assert cli.main([*run, "--train_data", str(tmp_path / "rows")]) == 2
-    assert "pairs_sha256" in capsys.readouterr().err
+    refused = capsys.readouterr().err
+    assert "pairs_sha256" in refused and "train_data" not in refused
+    monkeypatch.chdir(workplace)  # the same rows and model by another spelling, and the same rows elsewhere
+    write_rows(tmp_path / "copy", tiny_rows(16))
+    for rows in ("rows", tmp_path / "copy"):
+        assert cli.main([*run, "--train_data", str(rows), "--model_name_or_path", "./model"]) == 0
+        assert "is finished" in capsys.readouterr().err
     assert cli.main([*run, "--resume_from_checkpoint", str(tmp_path / "nothing")]) == 2
     assert "is no complete checkpoint" in capsys.readouterr().err
     (tmp_path / "out" / "run.json").unlink()
@@ -266,3 +272,13 @@ def test_differences():
     old = {"beta": 0.1, "save_steps": 4, "kept": [1, 2], "gone": 3}
     new = {"beta": 0.2, "save_steps": 8, "kept": (1, 2), "fresh": None}
     assert differences(old, new, ("save_",)) == ["beta: 0.1 -> 0.2", "gone: 3 -> None"]
+
+
+def test_a_path_may_be_spelled_otherwise(tmp_path, monkeypatch):
+    for name in ("rows", "others"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    for spelling in (str(tmp_path / "rows"), "./rows", "others/../rows"):
+        assert differences({"data": "rows"}, {"data": spelling}, ()) == []
+    assert differences({"data": "rows"}, {"data": "others"}, ()) == ["data: rows -> others"]
+    assert differences({"data": "rows"}, {"data": "gone"}, ()) == ["data: rows -> gone"]
