@@ -79,25 +79,42 @@ def load_model(
     without CUDA or bitsandbytes, weights that are pickles, and a model that brings code of its own (`aspo.trust`).
     """
     path = resolve_model(name_or_path)
+    check_model(path, base)
     if (Path(path) / ADAPTER_CONFIG).is_file():
         return _load_adapter(path, dtype, device=device, attn_implementation=attn_implementation, base=base)
-    if base is not None:
-        raise ValueError(f"base={base!r} was given, but {path} is no adapter: it has no {ADAPTER_CONFIG}")
-    if not Path(path).exists() and (Path(path).is_absolute() or path.startswith(("./", "../")) or path.count("/") > 1):
-        raise ValueError(f"there is no model folder {path}")  # a hub name has one slash at most
-    if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"{path} holds no model: neither config.json nor {ADAPTER_CONFIG} is in it")
     target = resolve_device(device)
-    try:
-        config = trust.pretrained(AutoConfig, path)
-    except OSError as error:
-        raise ValueError(f"the model {path!r} is no folder here, and the hub does not give it: {error}") from error
+    config = model_config(path)
     options: dict[str, Any] = {"dtype": parse_dtype(dtype), "attn_implementation": attn_implementation}
     if load_in_4bit:
         options |= {"quantization_config": _four_bits(target, options["dtype"]), "device_map": {"": target}}
     model = trust.model(auto_class(config), path, **options)
     moved: Any = model if load_in_4bit else model.to(target)  # type: ignore[arg-type]
     return moved.eval(), trust.pretrained(AutoProcessor, path)
+
+
+def check_model(name_or_path: str | Path, base: str | None = None) -> None:
+    """ValueError for a place that holds no model, and for a base of no adapter, before anything is read."""
+    path = resolve_model(name_or_path)
+    if (Path(path) / ADAPTER_CONFIG).is_file():
+        if base is not None:
+            check_model(base)
+        return
+    if base is not None:
+        raise ValueError(f"base={base!r} was given, but {path} is no adapter: it has no {ADAPTER_CONFIG}")
+    if not Path(path).exists() and (Path(path).is_absolute() or path.startswith(("./", "../")) or path.count("/") > 1):
+        raise ValueError(f"there is no model folder {path}")  # a hub name has one slash at most
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise ValueError(f"{path} holds no model: neither config.json nor {ADAPTER_CONFIG} is in it")
+
+
+def model_config(name_or_path: str | Path) -> Any:
+    """The configuration of a model, which is no adapter. Raises ValueError where there is none."""
+    path = resolve_model(name_or_path)
+    check_model(path)
+    try:
+        return trust.pretrained(AutoConfig, path)
+    except OSError as error:
+        raise ValueError(f"the model {path!r} is no folder here, and the hub does not give it: {error}") from error
 
 
 def auto_class(config: Any) -> Any:

@@ -5,20 +5,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoProcessor
 
 from aspo import trust
+from aspo.cli import did_you_mean
 from aspo.config import AspoConfig
 from aspo.lengths import PromptLength
-from aspo.model import base_model, resolve_model
+from aspo.model import base_model, check_model, model_config, parse_dtype, resolve_model
 from aspo.scaling.architectures import ARCHITECTURES, IMAGE_TOKENS
 from aspo.scaling.hardware import GPUS, Cluster, named_gpu
 from aspo.scaling.job import make_plan
 from aspo.scaling.report import report
-from aspo.scaling.sharding import STRATEGIES
+from aspo.scaling.sharding import STRATEGIES, check_shards
 from aspo.step_memory import Memory, Step, meta_model, predict
 
 MIB = 2**20
@@ -33,21 +35,27 @@ Prints the predicted peak memory and its parts, the tokens that sharing the prom
 token budget that fit into --memory. With --gpus: what each GPU holds and sends, how long a step and the whole job take,
 what it costs, and what is in the way. Those times follow from published figures of the GPU and the stated shares of
 them; they are no measurement (docs/scaling.md)."""
+T = TypeVar("T")
 SMALLEST = {"response_tokens": 1, "prompt_tokens": 1, "per_device_train_batch_size": 1, "image_size": 1, "images": 0}
 FIGURES = {
     "memory": "GB", "tflops": "TFLOP/s in bf16, dense", "hbm": "TB/s of its memory",
     "nvlink": "GB/s to GPUs of its node, one direction", "network": "Gbit/s to other nodes, one direction",
 }  # fmt: skip
+CLUSTER = {f.name: f.default for f in dataclasses.fields(Cluster) if f.default is not dataclasses.MISSING}
+# Options that --gpus is for: None where they are not given, then this.
+JOB = {
+    **{"pairs": None, "gpu": "h100", "strategy": "ddp", "dp_shard_size": None, "num_train_epochs": 1.0, "price": None},
+    **{f"gpu_{name}": None for name in FIGURES},
+    **CLUSTER,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `aspo plan`."""
     parser.description = DESCRIPTION
     named = ", ".join(ARCHITECTURES)
-    parser.add_argument(
-        "--model", required=True, help=f"folder or hub name of the start model; 'world' = embedded; no hub: {named}"
-    )
-    parser.add_argument("--response-tokens", type=int, required=True, help="tokens of a response")
+    parser.add_argument("--model", help=f"folder or hub name of the start model; 'world' = embedded; no hub: {named}")
+    parser.add_argument("--response-tokens", type=int, help="tokens of a response")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="text tokens of a prompt (64)")
     parser.add_argument("--images", type=int, default=1, help="images of a prompt (1)")
     parser.add_argument("--image-size", type=int, help="pixels of an image's side (the vision tower's own, else 336)")
@@ -66,37 +74,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
     job = parser.add_argument_group("a job on many GPUs")
     job.add_argument("--gpus", type=int, help="how many; the options below are for them")
-    job.add_argument("--gpus_per_node", type=int, default=8, help="8")
-    job.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)} (h100)")
-    job.add_argument("--strategy", default="ddp", help=f"{', '.join(STRATEGIES)} (ddp)")
+    job.add_argument("--gpu", help=f"{', '.join(GPUS)} ({JOB['gpu']})")
+    job.add_argument("--strategy", help=f"{', '.join(STRATEGIES)} ({JOB['strategy']})")
     job.add_argument(
         "--dp_shard_size", type=int, help="fsdp2: GPUs that divide one copy among them (all); a node's: HSDP"
     )
     job.add_argument("--pairs", type=int, help="pairs of the whole job")
-    job.add_argument("--num_train_epochs", type=float, default=1.0, help="passes over the pairs (1)")
+    job.add_argument("--num_train_epochs", type=float, help="passes over the pairs (1)")
     job.add_argument("--price", type=float, help="of a GPU-hour, in your money")
     for name, unit in FIGURES.items():
         job.add_argument(f"--gpu_{name}", type=float, help=f"{unit}, in the place of the maker's figure")
-    for field in dataclasses.fields(Cluster):
-        if field.default is not dataclasses.MISSING and field.name != "gpus_per_node":
-            kind = type(field.default)
-            job.add_argument(f"--{field.name}", type=kind, default=field.default, help=f"assumed ({field.default})")
+    for name, value in CLUSTER.items():
+        job.add_argument(f"--{name}", type=type(value), help=f"assumed ({value})")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `aspo plan`."""
-    for name, least in SMALLEST.items():
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            flag = name if name.startswith("per_device") else name.replace("_", "-")
-            raise ValueError(f"--{flag} is {getattr(args, name)}; it must be {least} or more")
-    if args.memory is not None and args.memory <= 0:
-        raise ValueError(f"--memory is {args.memory:g} GiB; it must be positive")
-    if args.gpus is None and args.pairs is not None:
-        raise ValueError(
-            f"--pairs {args.pairs} is the whole job's and wants --gpus; a batch's are --per_device_train_batch_size"
-        )
-    if args.gpus is not None:
-        return _run_job(args)
+    wrong = _problems(args)
+    strays = [name for name in JOB if getattr(args, name) is not None]
+    for name, value in JOB.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    cluster = None if args.gpus is None else _checked_cluster(args, wrong)
+    if cluster is None and strays:
+        pairs = "; a batch's pairs are --per_device_train_batch_size" * ("pairs" in strays)
+        wrong.append(f"{_flags(strays)} wants --gpus, how many GPUs the job has{pairs}")
+    if wrong:
+        raise ValueError(wrong[0] if len(wrong) == 1 else " ".join(f"({n}) {w}" for n, w in enumerate(wrong, 1)))
+    if cluster is not None:
+        return _run_job(args, cluster)
     config = _settings(args, args.dtype)
     model = meta_model(_named(args.model), config)
     size = _image_size(args, base_model(model).config)
@@ -111,24 +117,65 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_job(args: argparse.Namespace) -> int:
+def _flags(names: list[str]) -> str:
+    dashed = ("response_tokens", "prompt_tokens", "image_size")
+    return ", ".join("--" + (name.replace("_", "-") if name in dashed else name) for name in names)
+
+
+def _problems(args: argparse.Namespace) -> list[str]:
+    """What is missing or wrong, a job's options left out."""
+    wrong = []
+    if missing := [name for name in ("model", "response_tokens") if getattr(args, name) is None]:
+        wrong.append(f"missing: {_flags(missing)}")
+    for name, least in SMALLEST.items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            wrong.append(f"{_flags([name])} is {getattr(args, name)}; it must be {least} or more")
+    if args.memory is not None and args.memory <= 0:
+        wrong.append(f"--memory is {args.memory:g} GiB; it must be positive")
+    if args.model not in (None, *ARCHITECTURES):
+        _tried(wrong, lambda: check_model(args.model))
+    _tried(wrong, lambda: parse_dtype(args.dtype))
+    return wrong
+
+
+def _checked_cluster(args: argparse.Namespace, wrong: list[str]) -> Cluster:
+    """The job's cluster. What is missing or wrong in a job's options is added to `wrong`."""
     if args.pairs is None:
-        raise ValueError("--gpus is given, but not --pairs: how many pairs the job has")
+        wrong.append("--gpus is given, but not --pairs: how many pairs the job has")
+    elif args.pairs < 1:
+        wrong.append(f"--pairs is {args.pairs}; a job has at least 1")
     if args.memory is not None:
-        raise ValueError(f"--memory {args.memory:g} is for one device; a GPU's with --gpus is --gpu_memory, in GB")
+        wrong.append(f"--memory {args.memory:g} is for one device; a GPU's with --gpus is --gpu_memory, in GB")
     if not args.bf16 and args.dtype != "bfloat16":
-        raise ValueError("the GPUs' peaks are bfloat16's: plan with --bf16 (mixed precision) or --dtype bfloat16")
+        wrong.append("the GPUs' peaks are bfloat16's: plan with --bf16 (mixed precision) or --dtype bfloat16")
     if not args.num_train_epochs > 0:
-        raise ValueError(f"--num_train_epochs is {args.num_train_epochs:g}; it must be positive")
-    gpu = named_gpu(args.gpu, **{name: getattr(args, f"gpu_{name}") for name in FIGURES})
-    own = {f.name: getattr(args, f.name) for f in dataclasses.fields(Cluster) if f.name != "gpu"}
-    model = _named(args.model)
-    config = trust.pretrained(AutoConfig, resolve_model(model)) if isinstance(model, str) else model
+        wrong.append(f"--num_train_epochs is {args.num_train_epochs:g}; it must be positive")
+    figures = {name: getattr(args, f"gpu_{name}") for name in FIGURES}
+    gpu = _tried(wrong, lambda: named_gpu(args.gpu, **figures)) or GPUS[JOB["gpu"]]
+    own = {name: getattr(args, name) for name in CLUSTER}
+    built = _tried(wrong, lambda: Cluster(gpu, args.gpus, **own))
+    shards = None if built is None else args.dp_shard_size  # which must fit the cluster
+    cluster = built or Cluster(gpu, 1)
+    _tried(wrong, lambda: check_shards(args.strategy, cluster, shards))
+    return cluster
+
+
+def _tried(wrong: list[str], function: Callable[[], T]) -> T | None:
+    """A call's result; None where it raised a ValueError, whose message is added to `wrong`."""
+    try:
+        return function()
+    except ValueError as error:
+        wrong.append(str(error))
+        return None
+
+
+def _run_job(args: argparse.Namespace, cluster: Cluster) -> int:
+    config = _named(args.model)
     size = _image_size(args, config)
     image_tokens = _image_tokens(args.model, args.images, size)
     on_gpu = args.dtype or ("float32" if args.no_use_lora else "bfloat16")  # as `aspo train` keeps weights there
     plan = make_plan(
-        config, _settings(args, on_gpu), _step(args, image_tokens), Cluster(gpu, **own), args.strategy, args.pairs,
+        config, _settings(args, on_gpu), _step(args, image_tokens), cluster, args.strategy, args.pairs,
         shards=args.dp_shard_size, images=(args.images, size), image_tokens=image_tokens,
     )  # fmt: skip
     print(report(plan, args.price))
@@ -155,8 +202,14 @@ def _step(args: argparse.Namespace, image_tokens: int) -> Step:
 
 
 def _named(name: str) -> Any:
-    """What `meta_model` takes first."""
-    return ARCHITECTURES[name][0]() if name in ARCHITECTURES else name
+    """A model's configuration."""
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name][0]()
+    try:
+        return model_config(name)
+    except ValueError as error:
+        near = did_you_mean(name, ARCHITECTURES)
+        raise ValueError(f"{error}; known without a hub: {', '.join(ARCHITECTURES)}{near}") from error
 
 
 def _image_size(args: argparse.Namespace, config: Any) -> int:
@@ -188,11 +241,11 @@ def _report(step: Step, memory: Memory, reference: int, image_tokens: int) -> st
     rows = [
         ("weights", memory.weights),
         ("reference (a frozen copy)", reference),
-        ("gradients, optimiser state", memory.trained),
+        ("optimiser state", memory.optimiser),
         ("image features", memory.vision),
         ("activations kept", memory.activations),
         ("output head", memory.head),
-        ("backward and the rest", memory.backward),
+        ("gradients, backward, rest", memory.backward),
         ("peak", memory.peak + reference),
     ]
     lines = [

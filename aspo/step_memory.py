@@ -23,11 +23,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from transformers import AutoConfig
 
-from aspo import trust
 from aspo.config import AspoConfig
-from aspo.model import auto_class, base_model, output_head, parse_dtype, resolve_model
+from aspo.model import auto_class, base_model, model_config, output_head, parse_dtype
 from aspo.policy import add_lora, disable_dropout, vision_tower
 from aspo.shared_prefix.attention import routes_to_try, tree_attention_inputs, with_route
 from aspo.shared_prefix.tree import TokenTree
@@ -78,7 +76,7 @@ class Memory:
     """Bytes. `peak` is the step's; the others are what is alive there, or could be (`backward`: the rest)."""
 
     weights: int
-    trained: int  # gradients and optimiser state
+    optimiser: int  # its state
     vision: int  # features that live as long as the step
     activations: int  # kept for the backward
     head: int  # kept for the backward by the head
@@ -89,8 +87,9 @@ class Memory:
 
     @property
     def backward(self) -> int:
-        """What the backward, or whichever moment takes most, needs beyond the parts."""
-        return self.peak - self.weights - self.trained - self.vision - self.activations - self.head
+        """What the backward, or whichever moment takes most, needs beyond the parts: gradients too, as far as they are
+        made by then."""
+        return self.peak - self.weights - self.optimiser - self.vision - self.activations - self.head
 
 
 class Allocations(TorchDispatchMode):
@@ -155,7 +154,7 @@ def meta_model(model: str | Any, args: AspoConfig) -> Any:
 
     model: as in `load_model`, or a transformers configuration.
     """
-    config = trust.pretrained(AutoConfig, resolve_model(model)) if isinstance(model, str) else model
+    config = model_config(model) if isinstance(model, str) else model
     with torch.device("meta"):
         model = auto_class(config).from_config(
             config, dtype=parse_dtype(args.weights_dtype()), attn_implementation=args.attn_implementation
@@ -242,7 +241,7 @@ def predict(model: Any, step: Step, images: int = 0, image_size: int = 0, drop_g
     peak = weights + max(running + 2 * trained, stepping)
     head_flops = _head_flops(outer, rows, head, not step.cached_reference)
     flops = Flops(vision_flops, reference_flops, forward_flops, counter.flops - before_backward, head_flops)
-    return Memory(weights, 3 * trained, vision, activations, head, peak, workspace, running, flops)
+    return Memory(weights, 2 * trained, vision, activations, head, peak, workspace, running, flops)
 
 
 def _drop(parameter: Tensor) -> None:
