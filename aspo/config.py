@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 
 from aspo.model import parse_dtype
 from aspo.objective_options import ObjectiveOptions
@@ -40,6 +41,8 @@ UNSUPPORTED = {
 }
 
 
+# Options that count something of which a step needs one at least.
+COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 # Option of transformers' Trainer -> why it is refused together with token_budget.
 WITHOUT_BUDGET = {
     "train_sampling_strategy": "it groups rows by itself; use random or sequential",
@@ -167,7 +170,15 @@ class AspoConfig(ObjectiveOptions, TrainingArguments):
         self.loss_type = [TRL_NAMES.get(name, name) for name in self.loss_type]
         if self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU"):  # else transformers leaves the timeout out
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
-        super().__post_init__()
+        if self.fp16 and self.bf16:
+            on_cpu = "" if self.use_cpu or torch.accelerator.is_available() else ", and without a GPU add --use_cpu"
+            raise ValueError(f"fp16 and bf16 are both on: choose one{on_cpu}")
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "use_cpu" not in str(error):
+                raise
+            raise ValueError("bf16 is on, but there is no GPU that computes in it: on a CPU add --use_cpu") from error
         self.dataloader_pin_memory &= torch.accelerator.is_available() and not self.use_cpu  # else torch warns
         if self.use_liger_kernel:  # for the body alone: its loss would be another one, and is never run
             self.liger_kernel_config = {"fused_linear_cross_entropy": False, **(self.liger_kernel_config or {})}
@@ -185,6 +196,11 @@ class AspoConfig(ObjectiveOptions, TrainingArguments):
         self._settle_lora()
 
     def _refuse_unsupported(self) -> None:
+        wrong = [f"{name} is {getattr(self, name)}" for name in COUNTS if getattr(self, name) < 1]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}; the least is 1")
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise ValueError(f"num_train_epochs is {self.num_train_epochs:g}; it must be positive, or max_steps")
         for name, why in UNSUPPORTED.items():
             value = getattr(self, name, None)
             if value:
@@ -193,6 +209,11 @@ class AspoConfig(ObjectiveOptions, TrainingArguments):
             raise ValueError(
                 f"one process has {self.n_gpu} devices: start one for each (accelerate launch, torchrun), or set "
                 "CUDA_VISIBLE_DEVICES to name one"
+            )
+        if self.fsdp and self.parallel_mode != ParallelMode.DISTRIBUTED:
+            raise ValueError(
+                "fsdp divides a model among processes, and this is one alone: start several, with "
+                "accelerate launch --config_file configs/accelerate/fsdp2.yaml -m aspo train ..., and leave --fsdp out"
             )
         if self.train_sampling_strategy == "batch_rebalance":
             raise ValueError("train_sampling_strategy=batch_rebalance is not supported: use token_budget")
@@ -222,6 +243,8 @@ class AspoConfig(ObjectiveOptions, TrainingArguments):
         for name, default in LORA_DEFAULTS.items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
+        if self.lora_r is not None and self.lora_r < 1:
+            raise ValueError(f"lora_r is {self.lora_r}; the least rank is 1")
         if self.lora_dropout and self.disable_dropout:
             raise ValueError(
                 f"lora_dropout={self.lora_dropout} has no effect with disable_dropout; pass one of the two"

@@ -123,6 +123,8 @@ def parse_config(args: argparse.Namespace) -> AspoConfig:
     given = {key: value for key, value in vars(args).items() if key != "config"}
     if getattr(args, "config", None):
         parser = command_parser("train")
+        if not Path(args.config).is_file():
+            raise ValueError(f"--config {args.config}: {'a folder' if Path(args.config).is_dir() else 'no such file'}")
         from_file = read_config(args.config)
         nulls = {key: None for key, value in from_file.items() if value is None}
         try:
@@ -228,6 +230,9 @@ def _headline(config: AspoConfig, model: nn.Module, pairs: int, checkpoint: str 
 
 
 def _load(source: str | None, kind: str, image_root: str | None) -> Any:
-    rows = load_rows(source, kind=kind, image_root=image_root)
+    try:
+        rows = load_rows(source, kind=kind, image_root=image_root)
+    except ValueError as error:  # which names the other commands' option
+        raise ValueError(str(error).replace("--image-root", "--image_root")) from error
     validate_rows(rows, kind)
     return rows

@@ -4,11 +4,14 @@ import aspo  # noqa: F401  first: it makes torchvision importable on a CPU torch
 
 # isort: split
 import argparse
+import json
 import subprocess
 import sys
 import types
 
 import pytest
+import torch
+from PIL import Image
 from tiny import tiny_llava, tiny_rows
 from transformers.utils.versions import require_version
 
@@ -198,6 +201,52 @@ def test_bad_yaml(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         parse("--config", str(file), *REQUIRED)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--per_device_train_batch_size", "0", "--gradient_accumulation_steps", "-1"),
+            "per_device_train_batch_size is 0, gradient_accumulation_steps is -1; the least is 1",
+        ),
+        (("--per_device_eval_batch_size", "0"), "per_device_eval_batch_size is 0; the least is 1"),
+        (("--num_train_epochs", "0"), "num_train_epochs is 0; it must be positive, or max_steps"),
+        (("--lora_r", "0"), "lora_r is 0"),
+        (("--fp16", "--bf16"), "fp16 and bf16 are both on: choose one$"),
+        (("--fsdp", "full_shard"), r"accelerate launch --config_file configs/accelerate/fsdp2\.yaml"),
+    ],
+)
+def test_options_are_checked_before_anything_is_loaded(flags, message):
+    with pytest.raises(ValueError, match=message):
+        parse(*REQUIRED, *flags)
+
+
+def test_a_cpu_is_told_to_be_named(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(ValueError, match="choose one, and without a GPU add --use_cpu"):
+        parse(*REQUIRED[:-1], "--fp16", "--bf16")
+    with pytest.raises(ValueError, match="bf16 is on, but there is no GPU that computes in it: on a CPU add --use_cpu"):
+        parse(*REQUIRED[:-1], "--bf16")
+
+
+def test_a_config_that_is_no_file(tmp_path):
+    with pytest.raises(ValueError, match=r"^--config .*nope\.yaml: no such file$"):
+        parse("--config", str(tmp_path / "nope.yaml"), *REQUIRED)
+    with pytest.raises(ValueError, match=r"^--config .*: a folder$"):
+        parse("--config", str(tmp_path), *REQUIRED)
+
+
+def test_train_names_its_own_option_for_images_outside(tmp_path, capsys):
+    Image.new("RGB", (4, 4)).save(tmp_path / "out.png")
+    row = {"prompt": "What?", "chosen": "A cat.", "rejected": "A dog.", "images": [str(tmp_path / "out.png")]}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/rows.jsonl").write_text(json.dumps(row) + "\n")
+    flags = ["--model_name_or_path", "world", "--train_data", str(tmp_path / "data/rows.jsonl"), "--use_cpu"]
+    assert cli.main(["train", *flags, "--output_dir", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert "--image_root /" in message and "--image-root" not in message
 
 
 def test_what_must_be_given():
