@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
@@ -163,6 +164,8 @@ def _load_open_clip(identifier: str, device: torch.device) -> Scorer:
             f"open_clip:{identifier} names no folder and no weights; write open_clip:{architecture}/PRETRAINED, "
             f"e.g. one of {open_clip.list_pretrained_tags_by_model(architecture)[:4]} or a weights file"
         )
+    if schema is None:
+        _check_open_clip(architecture, pretrained)
     try:
         with trust.unasked():
             model, _, preprocess = open_clip.create_model_and_transforms(
@@ -172,6 +175,21 @@ def _load_open_clip(identifier: str, device: torch.device) -> Scorer:
     except (RuntimeError, UnpicklingError) as error:  # an unknown architecture or tag; a file of more than tensors
         raise ValueError(f"open_clip:{identifier}: {error}") from error
     return _open_clip_scorer(model, preprocess, tokenizer, device)
+
+
+def _check_open_clip(architecture: str, pretrained: str) -> None:
+    """ValueError with the nearest names for an architecture or weights that open_clip does not have."""
+    for what, name, known in (
+        ("architecture", architecture, open_clip.list_models()),
+        ("weights", pretrained, open_clip.list_pretrained_tags_by_model(architecture)),
+    ):
+        if name not in known and not (what == "weights" and Path(name).is_file()):
+            near = get_close_matches(name, known, n=4, cutoff=0.3) or known[:4]
+            raise ValueError(
+                f"open_clip:{architecture}/{pretrained}: open_clip has no {what} {name!r}"
+                + (f" for {architecture}, and it is no file" if what == "weights" else "")
+                + (f"; near it: {', '.join(near)}" if near else "")
+            )
 
 
 def _open_clip_scorer(model: Any, preprocess: Any, tokenizer: Any, device: torch.device) -> Scorer:

@@ -107,8 +107,9 @@ def test_identity_follows_the_weights(folders, tmp_path):
         ("clip", "scorer 'clip' is unknown"),
         ("open_clip:", "is unknown"),
         ("open_clip:ViT-B-32", "names no folder and no weights"),
-        ("open_clip:ViT-B-32/no_such_tag", "no_such_tag"),
-        ("open_clip:no-such-model/openai", "no-such-model"),
+        ("open_clip:ViT-B-32/laion2b_s34", "no weights 'laion2b_s34' for ViT-B-32, .*; near it: laion2b_s34b_b79k"),
+        ("open_clip:ViT-B-33/openai", "no architecture 'ViT-B-33'; near it: ViT-B-3.{,60}$"),
+        ("open_clip:nope/nope", "no architecture 'nope'; near it: .{,80}$"),
     ],
 )
 def test_unknown_scorers(name, message):
