@@ -78,7 +78,7 @@ def image_path(entry: Any, root: str | Path | None) -> Path:
             f"an image must be a path, a PIL image or a dict with 'bytes' or 'path', got {type(entry).__name__}"
         )
     if isinstance(path, str) and ("://" in path or path.startswith("data:")):
-        raise ValueError(f"image {_short(path)} is an address: rows name files, so save it as one first")
+        raise ValueError(f"image {short_path(path)} is an address: rows name files, so save it as one first")
     return Path(root or "", path)
 
 
@@ -87,12 +87,12 @@ def check_within(path: Path, folders: Sequence[Path], fix: str = "--image-root /
     try:
         place = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a NUL
-        raise ValueError(f"image {_short(path)} is no path: {error}") from error
+        raise ValueError(f"image {short_path(path)} is no path: {error}") from error
     if not any(place.is_relative_to(folder) for folder in folders):
-        leads = f", it leads to {_short(place)}" if place != path else ""
+        leads = f", it leads to {short_path(place)}" if place != path else ""
         raise ValueError(
-            f"image {_short(path)} lies outside of {' and '.join(map(str, folders))}{leads}; rows read from files may "
-            f"not name such images. If you trust these rows, allow a folder that holds it, or all with /: {fix}"
+            f"image {short_path(path)} lies outside of {' and '.join(map(str, folders))}{leads}; rows read from files "
+            f"may not name such images. If you trust these rows, allow a folder that holds it, or all with /: {fix}"
         )
 
 
@@ -113,11 +113,11 @@ def _checked_file(path: Path) -> Path:
     """A path, if it is a file's and the file is no larger than an image may be."""
     if not is_file(path):
         raise ValueError(
-            f"no image file {_short(path)}: check the path, or say where relative paths start (image_root)"
+            f"no image file {short_path(path)}: check the path, or say where relative paths start (image_root)"
         )
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and (size := path.stat().st_size) > BYTES_A_PIXEL * limit:
-        raise ValueError(f"image {_short(path)} cannot be read: {_too_large(f'a file of {size:,} bytes')}")
+        raise ValueError(f"image {short_path(path)} cannot be read: {_too_large(f'a file of {size:,} bytes')}")
     return path
 
 
@@ -180,7 +180,7 @@ def _opened(entry: Any, root: str | Path | None) -> Iterator[Image.Image]:
                     raise ValueError(f"it has {image.width} x {image.height} pixels")
                 yield image
     except Exception as error:  # Pillow's readers raise SyntaxError, struct.error, IndexError ... on broken files
-        raise ValueError(f"image {_short(name or 'in the row')} cannot be read: {_reason(error)}") from error
+        raise ValueError(f"image {short_path(name or 'in the row')} cannot be read: {_reason(error)}") from error
 
 
 @cache
@@ -215,6 +215,7 @@ def _too_large(what: str) -> str:
     )
 
 
-def _short(path: Any) -> str:
+def short_path(path: Any) -> str:
+    """A path, cut to what fits into an error line."""
     text = str(path)
     return text if len(text) <= 200 else f"{text[:120]}...{text[-60:]}"

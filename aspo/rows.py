@@ -19,7 +19,7 @@ import datasets
 import pyarrow as pa
 
 from aspo.folder import IMAGE_COLUMNS, ROWS_FILE
-from aspo.images import check_within, image_bytes, image_entries, image_path, in_memory, is_file
+from aspo.images import check_within, image_bytes, image_entries, image_path, in_memory, is_file, short_path
 from aspo.validate import KINDS, bad_row, named_column, response_text, short_repr, validate_rows
 
 ENCODED = datasets.List(datasets.Image(decode=False))
@@ -89,9 +89,13 @@ class Places(NamedTuple):
         path = image_path(entry, self.root).absolute()
         if not self.within:
             return path
+        places = (path,)
         if not is_file(path):  # image_root allows more folders without having to be where all paths start
-            path = next((p for p in (image_path(entry, place) for place in self.within) if is_file(p)), path)
+            places = tuple(dict.fromkeys(image_path(entry, place) for place in self.within))
+            path = next(filter(is_file, places), path)
         check_within(path, self.within)
+        if len(places) > 1 and not is_file(path):
+            raise ValueError(f"no image file {' nor '.join(map(short_path, places))}: check the path, or image_root")
         return path
 
 

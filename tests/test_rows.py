@@ -158,6 +158,10 @@ def test_llava_rows_are_prompts(tmp_path):
     ("change", "message"),
     [
         ({"chosen": None}, "column 'chosen': missing"),
+        (
+            {"chosen": None, "choosen": "A star."},
+            "column 'chosen': missing; a preference row has prompt, chosen, rejected, and this one has .*'choosen'",
+        ),
         ({"chosen": " \n"}, "column 'chosen': it is empty"),
         ({"rejected": ""}, "column 'rejected': it is empty"),
         ({"chosen": 3}, "column 'chosen': a response must be"),

@@ -422,6 +422,15 @@ def test_rows_from_files_cannot_leave_their_folder(form, entry, place):
     assert len(rows_naming(place, entry, form, image_root=place)) == 1
 
 
+def test_every_place_of_a_missing_image_is_named(place):
+    with pytest.raises(
+        ValueError, match=r"row 0.*'images': no image file .*/data/images/gone.png nor .*/data/gone.png"
+    ):
+        rows_naming(place, "gone.png", image_root=place / "data/images")
+    with pytest.raises(ValueError, match=r"no image file .*/data/gone.png: check"):
+        rows_naming(place, "gone.png")
+
+
 @pytest.mark.parametrize(
     "entry", ["images/in.png", "inside.png", "./images/in.png", "images/../images/in.png", "ABSOLUTE"]
 )
