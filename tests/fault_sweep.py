@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -217,24 +218,31 @@ def run_group(title: str, cases: Iterator[Case]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=24, help="kills at random moments, for each layout")
+    parser.add_argument("--only", default="", help="groups whose title has this, e.g. 'FSDP2' or 'damaged'")
     args = parser.parse_args()
     failed = 0
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         place = Place(Path(folder) / "sweep")
         for layout in LAYOUTS:
-            sweep = Sweep(place, layout)
-            failed += run_group(f"{layout}: killed in a checkpoint", sweep.kills_in_a_checkpoint())
-            failed += run_group(f"{layout}: killed in a step", sweep.kills_in_steps())
-            failed += run_group(f"{layout}: killed at any moment", sweep.kills_at_any_moment(args.moments))
-            failed += run_group(f"{layout}: a damaged file", sweep.damaged_files())
-            failed += run_group(f"{layout}: a full disk", sweep.full_disks())
+            groups = {
+                "killed in a checkpoint": Sweep.kills_in_a_checkpoint,
+                "killed in a step": Sweep.kills_in_steps,
+                "killed at any moment": functools.partial(Sweep.kills_at_any_moment, count=args.moments),
+                "a damaged file": Sweep.damaged_files,
+                "a full disk": Sweep.full_disks,
+            }
+            chosen = {f"{layout}: {name}": cases for name, cases in groups.items() if args.only in f"{layout}: {name}"}
+            sweep = Sweep(place, layout) if chosen else None
+            failed += sum(run_group(title, cases(sweep)) for title, cases in chosen.items())
         jobs = (
             ["rewards", "--method", "changes", "--batch-size", 2],
             ["score", "--scorer", "world", "--batch-size", 2],
         )
         for argv in jobs:
-            cases = offline(place, [*argv, "--shard-rows", 2, "--data", place.rows], args.moments)
-            failed += run_group(f"aspo {argv[0]}, 2 processes: killed at any moment, 1 goes on", cases)
+            title = f"aspo {argv[0]}, 2 processes: killed at any moment, 1 goes on"
+            if args.only in title:
+                cases = offline(place, [*argv, "--shard-rows", 2, "--data", place.rows], args.moments)
+                failed += run_group(title, cases)
     return 1 if failed else 0
 
 

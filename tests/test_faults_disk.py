@@ -111,7 +111,7 @@ def test_read_only(place, disk, tmp_path, request):
 
 @fault(
     "the disk is full when a shard of `aspo score`, `pairs`, `negatives` or `rewards` is written",
-    sees="aspo rewards: [Errno 28] No space left on device: '<out>/<file>'",
+    sees="aspo <command>: [Errno 28] No space left on device: '<out>/<file>'",
     kept="the shards that are whole; of the others nothing is left behind",
     goes_on="the same command, when there is room, makes the missing shards: the same bytes",
 )

@@ -94,7 +94,7 @@ STATE = ("weights", "reference", "gradients", "optimiser")
 def memory_table() -> Table:
     """GiB of one GPU."""
     header = ("model", "trains", "GPUs", "how", "whole in each", "in shards", "gathered for a while",
-              "activations and head", "these kept / checkpointed", "together", "fits in 80 GB")  # fmt: skip
+              "activations and head", "activations kept / checkpointed", "together", "fits in 80 GB")  # fmt: skip
     rows = []
     for model, lora, gpus, p in cases():
         kept, again = (work(model, lora, c) for c in (False, True))
