@@ -23,7 +23,7 @@ from aspo.evaluation.judges import JUDGES, Item, Options, Row, image_hash
 from aspo.evaluation.metrics import ObjectVocabulary
 from aspo.evaluation.statistics import compare, markdown
 from aspo.folder import append_line, read_lines
-from aspo.model import load_model
+from aspo.model import check_model, load_model
 from aspo.rows import load_rows, validate_rows
 from aspo.suite import command as suite
 
@@ -155,6 +155,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`aspo eval`; returns 0."""
     suite.refuse_strays(args)
+    check_model(args.adapter or args.model, args.model if args.adapter else None)  # before rows are made
     if args.suite is not None:
         return suite.run(args)
     if args.data is None:

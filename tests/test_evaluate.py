@@ -282,6 +282,14 @@ def test_the_command_writes_resumes_and_finishes(fake, tmp_path, monkeypatch, ca
     assert json.loads((tmp_path / "out.json").read_text()) == result
 
 
+def test_a_model_that_is_not_there_is_refused_before_rows_are_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "load_rows", lambda *_, **__: pytest.fail("rows were made"))
+    with pytest.raises(ValueError, match=r"holds no model: neither config\.json nor"):
+        command.run(_arguments(tmp_path, **{"--model": str(tmp_path)}))
+    with pytest.raises(ValueError, match="is no adapter"):
+        command.run(_arguments(tmp_path, **{"--model": "world", "--adapter": str(tmp_path)}))
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(fake, tmp_path):
     with pytest.raises(ValueError, match="is a folder; name a file"):
         command.run(_arguments(tmp_path, **{"--out": str(tmp_path)}))

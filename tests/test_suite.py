@@ -472,7 +472,7 @@ def test_two_systems_are_compared_with_paired_intervals(tmp_path, stub):
         ("mmvp", {"judge": "h", "judge-model": "m"}, "looks like http"),
         ("mmvp", {"judge-workers": "0", "judge": "http://h/v1", "judge-model": "m"}, "at least 1"),
         ("pope", {"suite-data": "nowhere"}, "is no folder; download POPE: https://github.com/RUCAIBox/POPE"),
-        ("pope", {"suite-data": None}, "is no folder"),
+        ("pope", {"suite-data": None}, "^give --suite-data DIR: POPE's files, downloaded from https://github.com"),
         ("pope", {"harness": "lmms-eval"}, "which is scored here: drop it"),
         ("pope", {"data": "rows"}, "--data is not read with --suite"),
         ("pope", {"minimal-pairs": "2"}, "--minimal-pairs is not read with --suite"),

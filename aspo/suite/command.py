@@ -98,7 +98,9 @@ def _score_here(args: argparse.Namespace, benchmark: Benchmark) -> int:
         raise ValueError(f"{benchmark.title} needs a judge: --judge http://host:port/v1 --judge-model NAME")
     if args.judge_workers is not None and args.judge_workers < 1:
         raise ValueError(f"--judge-workers is {args.judge_workers}; it must be at least 1")
-    if args.suite_data is None or not args.suite_data.is_dir():
+    if args.suite_data is None:
+        raise ValueError(f"give --suite-data DIR: {benchmark.title}'s files, downloaded from {benchmark.home}")
+    if not args.suite_data.is_dir():
         raise ValueError(f"--suite-data {args.suite_data} is no folder; download {benchmark.title}: {benchmark.home}")
     options = Options(args.batch_size, args.max_new_tokens, args.temperature, args.seed, args.append or "")
     partial = args.out.with_name(args.out.name + ".partial.jsonl")
