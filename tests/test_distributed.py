@@ -245,3 +245,125 @@ def test_fsdp_gathers_the_head_once_a_step(ranks, folder, tmp_path, use_lora):
     """Frozen or trained, with policy and reference before it: in the forward, and not again in the backward."""
     options = {"use_lora": use_lora, "max_steps": 4, "per_device_train_batch_size": 3}
     assert ranks[2].run(head_gathers, folder, str(tmp_path), **options) == [[1, 1, 1]] * 2
+
+
+def train_in_parts(*args: Any, **options: Any) -> dict[str, Any]:
+    """`train`, and in how many parts each batch came."""
+    from aspo.trainer import AspoTrainer
+
+    compute_loss, parts = AspoTrainer.compute_loss, []
+
+    def counting(self: Any, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+        parts.append(len(inputs.get("parts", [inputs])))
+        return compute_loss(self, model, inputs, *rest, **more)
+
+    AspoTrainer.compute_loss = counting
+    try:
+        return {**train(*args, **options), "parts": parts}
+    finally:
+        AspoTrainer.compute_loss = compute_loss
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_processes_whose_batches_have_other_numbers_of_parts(ranks, one_process, folder, tmp_path, kind):
+    options = {"forward_tokens": 160, "per_device_train_batch_size": 3}
+    found = ranks[2].run(train_in_parts, folder, str(tmp_path), kind, **options)
+    pairs = list(zip(*(of_rank["parts"] for of_rank in found), strict=True))
+    assert {(1, 2), (2, 1)} & set(pairs) and len(pairs) == STEPS
+    assert_same(found, one_process(), kind)
+
+
+def refusal(*args: Any, **options: Any) -> str | None:
+    """The ValueError with which `train` ends in this process."""
+    try:
+        train(*args, **options)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(("kind", "use_lora"), [("zero3", True), ("zero2", False)])
+def test_a_first_batch_with_images_in_one_process_alone_is_refused_in_all(ranks, folder, tmp_path, kind, use_lora):
+    """Rows in their order: the first process begins with one without an image, the second with one that has one."""
+    pytest.importorskip("deepspeed")
+    options = {"train_sampling_strategy": "sequential", "data": rows(12, text_only=True), "use_lora": use_lora}
+    options |= {"loss_type": "aspo", "alpha": 0.0, "per_device_train_batch_size": 1, "max_steps": 1}
+    one, other = ranks[2].run(refusal, folder, str(tmp_path), kind, **options)
+    assert one == other and "\n" not in one
+    assert one.startswith("1 of 2 processes have a batch with images, the others have none: DeepSpeed would wait")
+
+
+def test_batches_of_rows_with_and_without_images_train_under_zero3(ranks, one_process, folder, tmp_path):
+    """Where each process's batch has an image, all run the tower: every third row has none."""
+    pytest.importorskip("deepspeed")
+    options = {"train_sampling_strategy": "sequential", "data": rows(36, text_only=True)}
+    options |= {"loss_type": "aspo", "alpha": 0.0}
+    found = ranks[2].run(train, folder, str(tmp_path), "zero3", **options, per_device_train_batch_size=3)
+    assert_same(found, one_process(**options), "zero3")
+
+
+def test_parts_are_refused_under_zero3(ranks, folder, tmp_path):
+    pytest.importorskip("deepspeed")
+    options = {"forward_tokens": 160, "per_device_train_batch_size": 3, "max_steps": 4}
+    one, other = ranks[2].run(refusal, folder, str(tmp_path), "zero3", **options)
+    assert one == other and one.startswith("forward_tokens cuts a batch into 2 parts, and ZeRO-3 would wait for ever")
+
+
+def settled(folder: str, out: str, differs: str, **options: Any) -> tuple[Any, ...]:
+    """What this process settles where the second one measures, or can do, something else than the first."""
+    import torch.distributed as dist
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState, GradientState
+
+    from aspo.config import AspoConfig
+    from aspo.data import Collator
+    from aspo.model import load_model
+    from aspo.shared_prefix import exact
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    meet("ddp")
+    model, processor = load_model(folder, device="cpu")
+    collator = Collator(processor)
+    before = exact.check_tree, exact.routes_to_try
+
+    def check(model: Any, collator: Any, rows: Any, route: str, *rest: Any) -> str | None:
+        return "it leaks" if differs == "all" or route == differs else before[0](model, collator, rows, route, *rest)
+
+    def routes(*args: Any, **more: Any) -> list[str]:
+        if differs == "error":
+            raise ValueError("it cannot take it")
+        return ["mask"]
+
+    if dist.get_rank() == 1:
+        exact.check_tree, exact.routes_to_try = check, routes if differs in ("routes", "error") else before[1]
+    try:
+        args = AspoConfig(output_dir=out, use_cpu=True, report_to="none", **options)
+        route = exact.settle_sharing(model, collator, tiny_rows(2), args)
+        return route, collator.shared_prefix
+    except ValueError as error:
+        return "error", str(error)
+    finally:
+        exact.check_tree, exact.routes_to_try = before
+
+
+@pytest.mark.parametrize(
+    ("differs", "expected"),
+    [
+        ("nothing", ("segments", True)),
+        ("segments", ("mask", True)),
+        ("routes", ("mask", True)),
+        ("all", ("mask", False)),
+    ],
+)
+def test_processes_settle_alike_what_is_shared(ranks, folder, tmp_path, differs, expected):
+    assert ranks[2].run(settled, folder, str(tmp_path), differs) == [expected] * 2
+
+
+def test_what_one_process_cannot_share_is_an_error_in_all(ranks, folder, tmp_path):
+    for (kind, message), (other, theirs) in (
+        ranks[2].run(settled, folder, str(tmp_path), "all", shared_prefix="on"),
+        ranks[2].run(settled, folder, str(tmp_path), "error", prefix_attention="segments"),
+    ):
+        assert kind == other == "error" and "process 1" in message
+        assert ("it leaks" in message and "it leaks" in theirs) or "it cannot take it" in theirs

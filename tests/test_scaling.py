@@ -24,6 +24,7 @@ from aspo.processes import inside
 from aspo.scaling import tables, units
 from aspo.scaling.hardware import GPUS, Cluster, named_gpu
 from aspo.scaling.job import make_plan, step_work
+from aspo.scaling.report import lift
 from aspo.scaling.sharding import Transfer, sizes, transfers
 from aspo.step_memory import Step, meta_model, predict
 from aspo_kernels import gather_head, linear_logps
@@ -265,6 +266,9 @@ def test_times_by_hand(folder):
     assert fast == max(seconds.values()) <= slow
     assert plan.hours == pytest.approx((84 * fast / 3600 + around, 84 * slow / 3600 + around))
     assert plan.in_the_way[0][0] == max(seconds, key=seconds.get)
+    assert dict(plan.in_the_way)["loading, saving"] == pytest.approx(around * 3600 / 84)
+    assert "--save_steps" in lift(plan, "loading, saving")
+    assert "--save_steps" not in lift(dataclasses.replace(plan, pairs=36), "loading, saving")  # nothing is saved
 
 
 def test_bad_figures_are_refused():
@@ -292,6 +296,10 @@ def test_the_command(folder, capsys):
     assert cli.main([*job, "--gpu_memory", "0.001"]) == 0
     out = capsys.readouterr().out
     assert "DOES NOT FIT" in out and "in the way: memory" in out and "--activation_checkpointing" in out
+    assert cli.main([*command, "--pairs", "1000"]) == 0
+    out = capsys.readouterr().out
+    assert "0 checkpoints of" in out and "hours" not in out.partition("1,000 pairs, 1 epoch(s): ")[2]
+    assert out.count("minutes") == 9
     for wrong, message in (
         (command, "not --pairs"),
         ([*job, "--memory", "80"], "--gpu_memory"),

@@ -143,13 +143,17 @@ class Plan:
         return self.size.numbers * units.MEASURED["saved_number_bytes"]
 
     @property
+    def saves(self) -> int:
+        """Checkpoints of the job."""
+        return self.steps // max(int(self.args.save_steps), 1)
+
+    @property
     def around_hours(self) -> float:
         """Beside the steps: every node reads the weights in bf16 once; a checkpoint every save_steps, which one process
         writes, whole (configs/accelerate/fsdp2.yaml asks for that); ZeRO's are written by all."""
         disk = self.cluster.storage * 1e9
         writers = self.cluster.nodes if self.strategy.startswith("zero") else 1
-        saves = self.steps // max(int(self.args.save_steps), 1)
-        return (2 * self.parameters / disk + saves * self.saved / (disk * writers)) / 3600
+        return (2 * self.parameters / disk + self.saves * self.saved / (disk * writers)) / 3600
 
     @property
     def hours(self) -> tuple[float, float]:
@@ -160,9 +164,9 @@ class Plan:
 
     @property
     def in_the_way(self) -> list[tuple[str, float]]:
-        """What takes time by the seconds of a step, longest first, checkpoints among them; memory before all where it
-        does not do."""
-        seconds = self.seconds() | {"checkpoints": self.around_hours * 3600 / self.steps}
+        """What takes time by the seconds of a step, longest first, loading weights and saving checkpoints among
+        them; memory before all where it does not do."""
+        seconds = self.seconds() | {"loading, saving": self.around_hours * 3600 / self.steps}
         ranked = sorted(seconds.items(), key=lambda item: -item[1])
         return ranked if self.fits else [("memory", float("inf")), *ranked]
 

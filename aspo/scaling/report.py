@@ -50,18 +50,25 @@ def _times(plan: Plan, price: float | None) -> list[str]:
         f"  {'all at once .. network after it':34}{fast:9,.3f} .. {slow:,.3f} s: "
         f"{3600 * plan.batch / slow:,.0f} .. {3600 * plan.batch / fast:,.0f} pairs an hour",
         "",
-        f"{plan.pairs:,} pairs, {plan.args.num_train_epochs:g} epoch(s): {hours[0]:,.1f} .. {hours[1]:,.1f} hours, "
-        f"{gpu_hours[0]:,.0f} .. {gpu_hours[1]:,.0f} GPU-hours{_money(gpu_hours[1], price)}",
+        f"{plan.pairs:,} pairs, {plan.args.num_train_epochs:g} epoch(s): {_duration(*hours)}, "
+        f"{_duration(*gpu_hours, of='GPU-')}{_money(gpu_hours[1], price)}",
     ]
     for job in plan.offline():
         needed = job.name != "aspo reference" or plan.step.cached_reference
+        gpus, cores = _duration(job.gpu_hours, of="GPU-"), _duration(job.core_hours, of="core-")
         lines.append(
-            f"  {job.name + ('' if needed else ' (if cached)'):28}{job.gpu_hours:8,.0f} GPU-hours, "
-            f"{job.core_hours:,.0f} core-hours, {job.bytes / GB:,.1f} GB on the disk{_money(job.gpu_hours, price)}"
+            f"  {job.name + ('' if needed else ' (if cached)'):28}{gpus:>20}, {cores}, "
+            f"{job.bytes / GB:,.1f} GB on the disk{_money(job.gpu_hours, price)}"
         )
-    saves = f"of {plan.saved / GB:,.1f} GB, {plan.steps // max(int(plan.args.save_steps), 1)} of them"
-    lines.append(f"  checkpoints {saves}, and reading the weights: {plan.around_hours:,.2f} of the hours")
+    saves = f"  {plan.saves} checkpoints of {plan.saved / GB:,.1f} GB, and reading the weights: "
+    lines.append(f"{saves}{_duration(plan.around_hours)} of that")
     return lines
+
+
+def _duration(*hours: float, of: str = "") -> str:
+    """Hours, or minutes where they are few."""
+    few, digits = max(hours) < 2, 1 if max(hours) < 100 else 0
+    return " .. ".join(f"{60 * h if few else h:,.{digits}f}" for h in hours) + f" {of}{'minutes' if few else 'hours'}"
 
 
 def _money(gpu_hours: float, price: float | None) -> str:
@@ -107,10 +114,10 @@ def lift(plan: Plan, what: str) -> str:
             *_less_network(plan),
         ],
         "batches on the CPU": ["more --dataloader_num_workers and cores", "smaller pictures in the dataset"],
-        "checkpoints": [
-            "a larger --save_steps",
-            *(["fsdp_state_dict_type SHARDED_STATE_DICT"] if plan.strategy == "fsdp2" else []),
-            *([] if plan.args.use_lora else ["LoRA"]),
+        "loading, saving": [
+            *(["a larger --save_steps"] if plan.saves else []),
+            *(["fsdp_state_dict_type SHARDED_STATE_DICT"] if plan.strategy == "fsdp2" and plan.saves else []),
+            *([] if plan.args.use_lora or not plan.saves else ["LoRA"]),
             "faster storage",
         ],
         "storage": ["the dataset on the nodes' own disks", "smaller pictures in the dataset"],
