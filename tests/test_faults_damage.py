@@ -282,7 +282,8 @@ def test_a_line_that_is_no_json(place, tmp_path, request):
 
 @fault(
     "a row lacks a column",
-    sees="aspo train: row 9 (id 'row-9'), column 'rejected': missing; a preference row has prompt, chosen, rejected",
+    sees="aspo train: row 9 (id 'row-9'), column 'rejected': missing; a preference row has prompt, chosen, rejected, "
+    "and this one has <columns>",
     kept="all; no model is loaded",
     goes_on="when the row is mended or deleted",
 )
