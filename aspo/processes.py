@@ -55,6 +55,27 @@ def inside(module: nn.Module, function: Callable[..., T], *args: Any, inner: nn.
     return hooked if dtypes[0] == dtypes[1] else found[0]
 
 
+def of_all(function: Callable[[], T]) -> list[T]:
+    """What each process's call of a function gives, by rank. A collective call.
+
+    A ValueError of one process is raised in all of them.
+    """
+    if PartialState().num_processes == 1:
+        return [function()]
+    value, error = None, None
+    try:
+        value = function()
+    except ValueError as caught:
+        error = caught
+    given = gather_object([(value, None if error is None else str(error))])
+    if error is not None:
+        raise error
+    for rank, (_, message) in enumerate(given):
+        if message is not None:
+            raise ValueError(f"process {rank}: {message}")
+    return [value for value, _ in given]
+
+
 def summed(values: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
     """Tuples of numbers by name, added up over all processes, which may have different names. A collective call."""
     if PartialState().num_processes == 1:

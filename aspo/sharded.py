@@ -8,7 +8,7 @@ absent.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from aspo.model import base_model
 from aspo.policy import vision_tower
-from aspo.processes import summed_tensor
+from aspo.processes import of_all, summed_tensor
 from aspo_kernels import objectives
 
 
@@ -108,6 +108,30 @@ def check_images_alike(accelerator: Accelerator, model: nn.Module, has_images: b
             "fine-tuning). Use FSDP2 (configs/accelerate/fsdp2.yaml) or DDP, which take such batches, or rows that all "
             "have images or all have none"
         )
+
+
+def with_even_parts(batch: Mapping[str, Any], accelerator: Accelerator, model: nn.Module) -> Mapping[str, Any]:
+    """A batch in as many parts as that process's which has the most: the added ones are run, and count for nothing.
+
+    Each part's forward gathers the shards of a sharded model, and a process with fewer parts would not take part. A
+    collective call. Raises ValueError in all processes where ZeRO-3 would have to run parts.
+    """
+    most = max(of_all(lambda: len(batch.get("parts", [batch]))))
+    if most > 1 and in_zero3(model):
+        raise ValueError(
+            f"forward_tokens cuts a batch into {most} parts, and ZeRO-3 would wait for ever between them: use FSDP2 "
+            "(configs/accelerate/fsdp2.yaml) or DDP, or lower per_device_train_batch_size and turn forward_tokens off"
+        )
+    if most == len(batch.get("parts", [batch])):
+        return batch
+    layout, distinct = batch["layout"], batch.get("distinct")
+    wanted = layout.hidden_index if distinct is None else layout.hidden_index[distinct.first.to(layout.targets.device)]
+    whole = {"model_inputs": batch["model_inputs"], "tree": batch["tree"], "index": wanted}
+    parts = list(batch.get("parts", [whole]))
+    order = batch.get("part_order", torch.arange(len(wanted), device=wanted.device))
+    smallest = min(parts, key=lambda part: part["tree"].shape[0] * part["tree"].shape[1])
+    added = {**smallest, "index": smallest["index"][:0]}
+    return {**batch, "parts": parts + [added] * (most - len(parts)), "part_order": order}
 
 
 def in_zero3(model: nn.Module) -> bool:

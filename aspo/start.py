@@ -18,7 +18,7 @@ from aspo.folder import image_entries
 from aspo.policy import MERGE
 from aspo.readings import Row
 from aspo.shared_prefix.attention import with_route
-from aspo.shared_prefix.exact import check_tree, settle_sharing
+from aspo.shared_prefix.exact import check_tree, reason_of_any, settle_sharing
 from aspo_kernels import SentenceLayout, objectives
 
 ROWS_TO_CHECK, ROWS_TO_LOOK_AT = 2, 64  # on which sharing is tried: one with an image, if there is one among the first
@@ -182,7 +182,7 @@ def settle_batches(
         with_route(ref_model, route)
         device = next(ref_model.parameters()).device.type
         with torch.autocast(device, autocast, enabled=autocast is not None):
-            reason = check_tree(ref_model, collator, first, route, autocast) if differs else None
+            reason = reason_of_any(check_tree(ref_model, collator, first, route, autocast)) if differs else None
         if reason is not None:
             raise ValueError(f"ref_model cannot take shared or packed rows: {reason}; set shared_prefix to off")
     return route

@@ -29,7 +29,7 @@ from aspo.policy import MERGE, check_attention, check_liger, disable_dropout, lo
 from aspo.processes import inside, summed, summed_tensor
 from aspo.reference.fill import cached_reference, settings_for
 from aspo.resume import SaveHistory
-from aspo.sharded import check_images_alike, check_sharding, is_sharded, prepare_reference
+from aspo.sharded import check_images_alike, check_sharding, is_sharded, prepare_reference, with_even_parts
 from aspo.shared_prefix.forward import PairForward, mean_pair_tokens, objective_inputs, parts_of, tree_inputs
 from aspo.start import (
     autocast_dtype,
@@ -253,6 +253,8 @@ class AspoTrainer(WholeCheckpoints, TokenBatches):
         """sum_pairs sample_weight * loss / (pairs of the accumulation window; this batch's where it is None)."""
         has_images = any("pixel" in name for part in parts_of(inputs) for name in part["model_inputs"])
         check_images_alike(self.accelerator, self._policy, has_images)
+        if self.args.forward_tokens is not None and is_sharded(self.accelerator):
+            inputs = with_even_parts(inputs, self.accelerator, self._policy)
         if not self._head_checked:
             self._check_head(model, inputs)
         given, result = self.pair_losses(inputs, model)

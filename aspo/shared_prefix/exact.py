@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from aspo.config import AspoConfig
 from aspo.data import Collator, Row
 from aspo.model import head_module, inference, output_head, trunk_hidden
-from aspo.processes import inside
+from aspo.processes import inside, of_all
 from aspo.shared_prefix.attention import routes_to_try, set_text_attention, with_route
 from aspo.shared_prefix.forward import batch_to, counted_logps, counted_rows, tree_inputs
 from aspo_kernels import SentenceLayout
@@ -42,7 +42,8 @@ def settle_sharing(
     """Set a collator's shared_prefix and padding_free as `args` say and the model can; returns the attention's route.
 
     `shared_prefix: auto` falls back to plain rows, saying why, and leaves batches plain where sharing saves nearly
-    nothing. Raises ValueError where something that was asked for is not exact for the model.
+    nothing. Raises ValueError where something that was asked for is not exact for the model. All processes call this
+    together and settle the same: unlike accelerators may measure unlike things.
     """
     collator.padding_free = args.padding_free
     budget = getattr(args, "token_budget", None)  # of shared tokens, and must be kept; TRL's configuration has none
@@ -53,7 +54,10 @@ def settle_sharing(
                 f"prefix_attention is {args.prefix_attention!r}, but shared_prefix and padding_free are off: drop it"
             )
         return "mask"
-    routes = routes_to_try(model, args.prefix_attention, dtype=autocast, longest=args.max_length)
+    first, *others = of_all(
+        lambda: routes_to_try(model, args.prefix_attention, dtype=autocast, longest=args.max_length)
+    )
+    routes = [route for route in first if all(route in other for other in others)]  # any model can take "mask"
     own = with_route(model, routes[0])
     reasons: list[str] = []
     for shared in [True] * (args.shared_prefix != "off") + [False] * (args.shared_prefix != "on"):
@@ -65,7 +69,7 @@ def settle_sharing(
         for route in routes:
             with_route(model, route)
             with torch.autocast(next(model.parameters()).device.type, autocast, enabled=autocast is not None):
-                reason = check_tree(model, collator, rows, route, autocast)
+                reason = reason_of_any(check_tree(model, collator, rows, route, autocast))
             if reason is None:
                 if not shared and args.shared_prefix == "auto":
                     logger.warning("shared_prefix: off, because %s", "; ".join(reasons))
@@ -73,6 +77,13 @@ def settle_sharing(
             reasons.append(f"{'shared' if shared else 'packed'} rows by {route} attention: {reason}")
     option = "shared_prefix on" if args.shared_prefix == "on" else "padding_free"
     raise ValueError(f"{option} is not exact for this model; turn it off. {'; '.join(reasons)}")
+
+
+def reason_of_any(reason: str | None) -> str | None:
+    """This process's reason, or that of the first one that has any, so that all share or none. A collective call."""
+    reasons = of_all(lambda: reason)
+    found = [f"{why} (in process {rank})" for rank, why in enumerate(reasons) if why is not None]
+    return reason if len(found) in (0, len(reasons)) else found[0]
 
 
 def check_tree(
