@@ -119,8 +119,9 @@ def with_even_parts(batch: Mapping[str, Any], accelerator: Accelerator, model: n
     most = max(of_all(lambda: len(batch.get("parts", [batch]))))
     if most > 1 and in_zero3(model):
         raise ValueError(
-            f"forward_tokens cuts a batch into {most} parts, and ZeRO-3 would wait for ever between them: use FSDP2 "
-            "(configs/accelerate/fsdp2.yaml) or DDP, or lower per_device_train_batch_size and turn forward_tokens off"
+            f"forward_tokens cuts a batch into {most} parts, and ZeRO-3 needs one order of layers in all processes, "
+            "which unlike parts do not keep: use FSDP2 (configs/accelerate/fsdp2.yaml) or DDP, or turn forward_tokens "
+            "off and lower per_device_train_batch_size"
         )
     if most == len(batch.get("parts", [batch])):
         return batch
