@@ -89,7 +89,7 @@ class Places(NamedTuple):
         path = image_path(entry, self.root).absolute()
         if not self.within:
             return path
-        places = (path,)
+        places: tuple[Path, ...] = (path,)
         if not is_file(path):  # image_root allows more folders without having to be where all paths start
             places = tuple(dict.fromkeys(image_path(entry, place) for place in self.within))
             path = next(filter(is_file, places), path)

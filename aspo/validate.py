@@ -25,9 +25,9 @@ def validate_rows(dataset: Iterable[Row], kind: str = "preference") -> None:
     for index, row in enumerate(dataset):
         for column in KINDS[kind]:
             if row.get(column) is None:
-                has = ", ".join(short_repr(name) for name, value in row.items() if value is not None)
+                own = ", ".join(short_repr(name) for name, value in row.items() if value is not None)
                 needs = ", ".join(KINDS[kind])
-                raise bad_row(index, row, column, f"missing; a {kind} row has {needs}, and this one has {has}")
+                raise bad_row(index, row, column, f"missing; a {kind} row has {needs}, and this one has {own}")
         named_column("prompt", index, row, _check_prompt, row)
         for column in IMAGE_COLUMNS:
             named_column(column, index, row, _check_images, row, column)
