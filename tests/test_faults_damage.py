@@ -185,8 +185,8 @@ def test_the_clock_is_set_back(place, tmp_path):
 
 @fault(
     "SIGKILL of one of several processes in a shard of `aspo score`, `pairs`, `negatives` or `rewards`",
-    sees="aspo <command>: process <rank> of 2 waited for the others, and one of them has died or hangs (<why>). What is "
-    "done is kept: run the same command again",
+    sees="aspo <command>: process <rank> of 2 waited for the others, and one of them has died or hangs (<why>). What "
+    "is done is kept: run the same command again",
     kept="every whole shard: a kill costs each process the one that it was at",
     goes_on="the same command, on any number of processes: the same bytes (also tests/test_shards.py)",
 )
@@ -293,7 +293,8 @@ def test_a_row_that_lacks_a_column(place, tmp_path, request):
 
 @fault(
     "a row's column is of another type",
-    sees="aspo train: row 9 (id 'row-9'), column 'chosen': a response must be a text or one assistant message, got [1, 2]",
+    sees="aspo train: row 9 (id 'row-9'), column 'chosen': a response must be a text or one assistant "
+    "message, got [1, 2]",
     kept="all; no model is loaded",
     goes_on="when the row is mended or deleted",
 )
@@ -316,7 +317,7 @@ def test_an_image_that_is_gone(place, tmp_path, request):
     "an image is cut short",
     sees="aspo train: row 'row-9': image <file> cannot be read: <why>",
     kept="the last checkpoint: images are decoded when their batch comes",
-    goes_on="when the image is whole again, or the row deleted: that is another data set, which wants another --output_dir",
+    goes_on="when the image is whole again, or the row deleted: that is another data set, for another --output_dir",
 )
 def test_a_truncated_image(place, tmp_path, request, workers):
     def cut(row, line, folder):
