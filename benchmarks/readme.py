@@ -7,10 +7,14 @@ python -m benchmarks.readme --check    fail if they do not say what the results 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from aspo.compare.statistics import Interval
+from aspo.compare.table import show
+from aspo.evaluation.metrics import BY_NAME
 from benchmarks import model, plots, results
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +25,8 @@ DEMO = results.FOLDER / "demo.md"  # the demo's table.md
 DEMO_ROWS = ("figure", "---", "hallucinated sentences", "false claims per item", "coverage", "claim F1",
              "false claims, unusual", "false claims, held-out", "minimal-pair", "yes/no accuracy", "CHAIR_i",
              "unparseable", "tokens")  # fmt: skip
+EVIDENCE = results.FOLDER / "compare" / "table.json"  # the comparison's
+EVIDENCE_FIGURES = ("minimal_pair_accuracy", "hallucinated_sentences", "coverage")
 STEP_RATIOS = ("trl_over_this", "trl_over_this_with_data", "off_over_this", "trl_mib_over_this")
 
 
@@ -122,8 +128,44 @@ def demo_table(path: Path = DEMO) -> str:
     return "\n".join([*(" ".join(row.split()) for row in rows), "", *rest])
 
 
+def evidence_table(path: Path = EVIDENCE) -> str:
+    """Systems side by side on the test scenes: the figures that speak for each, and what was expected of it."""
+    record = json.loads(path.read_text())
+    baseline = next(name for name in record["systems"] if name not in record["differences"])
+    verdicts = {(v["comparison"]["system"], v["comparison"]["against"]): v for v in record["verdicts"]}
+
+    def shown(figure: str, estimate: dict[str, float], signed: bool = False) -> str:
+        return show(Interval(**estimate), BY_NAME[figure], signed)
+
+    primary, *others = EVIDENCE_FIGURES
+    head = ["system", f"{BY_NAME[primary].label} (%)", f"\N{MINUS SIGN} {baseline}", "expected", ""]
+    head += [f"{BY_NAME[name].label} (%)" for name in others]
+    head += ["KL to start, nats", "form kept, seeds"]
+    out = ["| " + " | ".join(head) + " |", "|---|---:|---:|---|---|" + "---:|" * (len(EVIDENCE_FIGURES) + 1)]
+    for name in sorted(record["systems"], key=lambda name: -record["systems"][name][primary]["value"]):
+        by, other, told = record["systems"][name], record["differences"].get(name), verdicts.get((name, baseline))
+        cells = [
+            shown(primary, by[primary]),
+            shown(primary, other[primary], signed=True) if other else "",
+            told["comparison"]["direction"] if told else "",
+            told["verdict"] if told else "",
+            *(shown(figure, by[figure]) for figure in others),
+            f"{record['extra'][name]['kl']['value']:.2f}",
+            f"{record['form_kept'][name]} of {record['seeds']}",
+        ]
+        out.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
+def evidence_page(path: Path = EVIDENCE) -> str:
+    """The table.md that `aspo compare` wrote, its headings one deeper."""
+    lines = path.with_suffix(".md").read_text().splitlines()
+    return "\n".join("#" + line if line.startswith("##") else line for line in lines)
+
+
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"head": head_section, "step": step_section, "demo": demo_table},
+    "README.md": {"head": head_section, "step": step_section, "demo": demo_table, "evidence": evidence_table},
+    "docs/evidence.md": {"table": evidence_page},
     "docs/performance.md": {"model": model_section},
 }
 

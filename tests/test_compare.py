@@ -23,10 +23,11 @@ from aspo.compare import command as compare
 from aspo.compare import grid as compare_grid
 from aspo.compare import notes as compare_notes
 from aspo.compare import work as compare_work
+from aspo.compare.files import write_all, write_seeds
 from aspo.compare.grid import candidates, choose, keeps_form, match_kl, next_rate
 from aspo.compare.plan import START, Scenes, System, budgeted, load_declared, make_run, systems_of
 from aspo.compare.statistics import Table, holm, interval, resampled, t_cdf, t_interval, t_quantile
-from aspo.compare.table import analyse, judge, markdown, write_all
+from aspo.compare.table import analyse, judge, markdown
 from aspo.compare.work import answer_kl, is_done, read_counts
 from aspo.generation import Answer
 from aspo.model import load_model
@@ -354,7 +355,7 @@ def _fake_run(run, scenes=60):
     names += ["tokens", "item_rate", "items_with_rate", "sentences", "prior_pairs", "prior_pairs_right"]
     counts = np.ones((scenes, len(names)))
     counts[:, 1] = rng.random(scenes) < 0.5 + GAIN.get(run.system.name, 0.0)
-    counts[:, 7] = 26 if run.system.name != "ASPO" else 20
+    tokens = counts[:, 7] = 26 if run.system.name != "ASPO" or run.seed == 2 else 20
     run.folder.mkdir(parents=True, exist_ok=True)
     metadata = {"names": json.dumps(names), "ids": json.dumps([str(k) for k in range(scenes)])}
     save_file({"counts": counts}, run.folder / compare_work.COUNTS, metadata=metadata)
@@ -369,6 +370,7 @@ def _fake_run(run, scenes=60):
                 "settings": run.system.settings,
                 "seconds": {"train": 2.0},
                 "extra": {"kl": 1.0 + run.seed, "image_gap": 3.0},
+                "summary": {"unparseable": 0.0, "duplicate": 0.0, "eos": 1.0, "tokens": tokens, "coverage": 0.6},
             }
         )
     )
@@ -492,7 +494,13 @@ def test_the_table_says_what_was_declared_and_what_is_fair(tmp_path):
     assert first.p_holm == pytest.approx(2 * p)  # of two declared, though one was not run
     assert first.difference.value == pytest.approx(0.1, abs=0.03)
     assert outcome.fair == {START: True, "DPO": True, "ASPO": False}  # ASPO's answers are shorter
+    assert outcome.form_kept == {START: 4, "DPO": 4, "ASPO": 1}
     assert outcome.extra["DPO"]["kl"].value == pytest.approx(2.5)
+    write_seeds(runs, declared, tmp_path / "seeds.csv")
+    lost = [
+        line.split(",")[-1] for line in (tmp_path / "seeds.csv").read_text().splitlines() if line.startswith("ASPO,")
+    ]
+    assert lost == ["tokens 20.0", "tokens 20.0", "", "tokens 20.0"]
     write_all(outcome, tmp_path, {"$\\alpha$, and $": runs["DPO"]})
     assert "$" in (tmp_path / "rewards.svg").read_text()
     text = markdown(outcome)

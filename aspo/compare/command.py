@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from aspo.compare.files import write_all, write_seeds
 from aspo.compare.grid import as_key, run_grid, tries
 from aspo.compare.notes import not_given, note_opening, unlike
 from aspo.compare.plan import (
@@ -33,7 +34,7 @@ from aspo.compare.plan import (
     make_run,
     systems_of,
 )
-from aspo.compare.table import analyse, markdown, write_all
+from aspo.compare.table import analyse, markdown
 from aspo.compare.work import is_done, read_counts, single_thread_environment, start_worker, task_name, work
 from aspo.recipes.command import Planned
 from aspo.recipes.recipe import require_known
@@ -169,9 +170,10 @@ def compare(args: argparse.Namespace, declared: Declared, systems: Sequence[Syst
     present = {name: whole[name] for name in tables}
     notes += unlike(present, declared)
     outcome = analyse(tables, present, declared, failed, smoke=args.quick, notes=notes)
+    write_seeds(present, declared, args.out / "seeds.csv")
     write_all(outcome, args.out, curves)
     print(markdown(outcome))
-    print(f"written to {args.out}: table.md, table.json, figures.csv, differences.svg")
+    print(f"written to {args.out}: table.md, table.json, figures.csv, seeds.csv, differences.svg")
     return report_failures(failed)
 
 

@@ -1,20 +1,18 @@
-"""What `aspo compare` writes: table.md, table.json and figures.csv, and by `aspo.compare.plots` its plots."""
+"""What `aspo compare` finds: intervals, differences, verdicts on what was declared; and table.md, which tells it."""
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from aspo.compare.plan import Declared, Run
+from aspo.compare.grid import keeps_form
+from aspo.compare.plan import START, Declared, Run
 from aspo.compare.statistics import Interval, Table, holm, interval, resampled, seed_interval
 from aspo.evaluation.figures import Figure
 from aspo.evaluation.metrics import BY_NAME, available
-from aspo.resume import write_json
 
 MINUS = "\N{MINUS SIGN}"
 SHOWN = (
@@ -72,6 +70,7 @@ class Outcome:
     settings: dict[str, dict[str, Any]]
     seconds: dict[str, float]
     failed: list[str]
+    form_kept: dict[str, int]  # seeds whose answers keep the grid's form; empty without the start model
     smoke: bool = False
     notes: tuple[str, ...] = ()  # lines of the table: when it was opened, what is not alike
     codes: int = 1  # states of this project's code that made the results
@@ -138,6 +137,11 @@ def analyse(
         {name: of[0]["settings"] for name, of in results.items()},
         {name: sum(sum(r["seconds"].values()) for r in of) for name, of in results.items()},
         list(failed),
+        {
+            name: sum(not keeps_form(r, start, declared.form) for r in of)
+            for start in (of[0] for name, of in results.items() if name == START)
+            for name, of in results.items()
+        },
         smoke,
         tuple(notes),
         len({code for of in results.values() for result in of for code in result["code"]}),
@@ -152,21 +156,6 @@ def judge(direction: str, found: Interval | None, p_holm: float) -> str:
         return "cannot tell"
     sign = 0 if p_holm >= 0.05 else 1 if found.value > 0 else -1
     return VERDICTS.get((direction, sign), "cannot tell")
-
-
-def write_all(outcome: Outcome, out: Path, curves: Mapping[str, Sequence[Run]]) -> None:
-    """All files, the table last."""
-    from aspo.compare.plots import plot_differences, plot_rewards  # which reads `Outcome`
-
-    write_csv(outcome, out / "figures.csv")
-    plot_differences(outcome, out / "differences.svg")
-    if curves:
-        plot_rewards(curves, out / "rewards.svg")
-    record = asdict(outcome)
-    for name in ("declared", "figures"):
-        record.pop(name)
-    write_json(out / "table.json", json.loads(json.dumps(record), parse_constant=lambda _: None))
-    (out / "table.md").write_text(markdown(outcome), encoding="utf-8")
 
 
 def show(estimate: Interval, figure: Figure, signed: bool = False) -> str:
@@ -206,19 +195,24 @@ def markdown(outcome: Outcome) -> str:
         "",
         f"Differences to {declared.baseline} that were not declared beforehand describe; they test nothing.",
         "",
-        "| " + " | ".join([*head, "within 2 %"]) + " |",
-        "|---|" + "---:|" * (len(head) - 1) + "---|",
+        "| " + " | ".join([*head, "within 2 %", "form kept"]) + " |",
+        "|---|" + "---:|" * (len(head) - 1) + "---|---|",
     ]
     for name, by in outcome.systems.items():
         other = "" if name == declared.baseline else show(outcome.differences[name][primary.name], primary, signed=True)
         extra = [f"{outcome.extra[name][e].value:.2f}" for e in EXTRA]
         cells = [show(by[primary.name], primary), other, *(show(by[f.name], f) for f in shown), *extra]
-        lines.append("| " + " | ".join([name, *cells, "yes" if outcome.fair[name] else "no"]) + " |")
+        kept = f"{outcome.form_kept[name]} of {outcome.seeds}" if name in outcome.form_kept else ""
+        lines.append("| " + " | ".join([name, *cells, "yes" if outcome.fair[name] else "no", kept]) + " |")
     lines += [
         "",
         "Rates in per cent. *within 2 %*: coverage and length are both within 2 % of the baseline's; where they",
     ]
-    lines += ["are not, read the rate of hallucinated sentences beside coverage.", ""]
+    lines += [
+        "are not, read the rate of hallucinated sentences beside coverage. *form kept*: how many seeds' answers keep",
+        "the form that the grid asks of a setting (sentences that parse, no repetition, length, coverage).",
+        "",
+    ]
     lines += _rewards(outcome)
     lines += [line for note in outcome.notes for line in (note, "")]
     lines += ["Settings by system:", ""] if any(outcome.settings.values()) else []
@@ -265,18 +259,3 @@ def _plain(estimate: Interval) -> str:
 def _budget(declared: Declared) -> str:
     steps, size = declared.budget.get("max_steps"), declared.budget.get("per_device_train_batch_size")
     return f"{steps} steps of {size} pairs" if steps and size else "the same training"
-
-
-def write_csv(outcome: Outcome, path: Path) -> None:
-    """One line per system and figure: value, interval, and the difference to the baseline with its interval and p."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["system", "figure", "value", "low", "high", "difference", "diff_low", "diff_high", "diff_p"])
-        for name, by in outcome.systems.items():
-            for figure in outcome.figures:
-                own = by[figure.name]
-                other = outcome.differences.get(name, {}).get(figure.name)
-                more = [other.value, other.low, other.high, other.p] if other else [""] * 4
-                writer.writerow([name, figure.name, own.value, own.low, own.high, *more])
-            for extra, own in outcome.extra[name].items():
-                writer.writerow([name, extra, own.value, own.low, own.high, *[""] * 4])
