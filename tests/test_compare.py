@@ -253,6 +253,30 @@ def test_a_run_that_lost_its_form_is_not_chosen(tmp_path, lost):
     assert choose([better], STARTED, declared) == (better, False)
 
 
+def test_with_several_seeds_form_is_kept_in_each_and_figures_are_means(tmp_path):
+    declared = _declared(tmp_path, grid={"learning_rate": [1e-4, 2e-4], "seed": [100, 101]})
+    assert compare_grid.seeds(declared) == [100, 101]
+    bold = [{**_result(p, 2e-4, tokens=t), "seed": s} for p, t, s in ((0.6, 26.0, 100), (0.7, 20.0, 101))]
+    shy = [{**_result(p, 1e-4), "seed": s} for p, s in ((0.5, 100), (0.52, 101))]
+    bold, shy = compare_grid.merged(bold), compare_grid.merged(shy)
+    assert keeps_form(bold, STARTED, declared.form) == ["tokens 20.0 in seed 101"]
+    assert choose([bold, shy], STARTED, declared) == (shy, True)
+    assert shy["summary"]["minimal_pair_accuracy"] == pytest.approx(0.51) and shy["extra"]["kl"] == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="each is to be there once"):
+        _declared(tmp_path, grid={"seed": [100, 100]})
+
+
+def test_a_grid_of_several_seeds_trains_each(tmp_path, work):
+    _declared(tmp_path, grid={**DECLARED["grid"], "seed": [100, 101]})
+    assert compare.run(_arguments(tmp_path, "--grid")) == 0
+    results = [json.loads(p.read_text()) for p in (tmp_path / "out" / "runs").glob("*/*/result.json")]
+    assert sorted(result["seed"] for result in results) == [100] * 9 + [101] * 8  # the start model once
+    assert "seeds 100, 101" in (tmp_path / "out" / "grid.md").read_text()
+    _declared(tmp_path, grid={**DECLARED["grid"], "seed": [100, 1]})
+    with pytest.raises(ValueError, match="the grid's seed, 1, is one of --seeds 2"):
+        compare.run(_arguments(tmp_path, "--seeds", 2))
+
+
 def test_the_best_is_chosen_and_of_equals_the_smallest_step(tmp_path):
     declared = _declared(tmp_path)
     runs = [_result(0.5, 3e-4), _result(0.6, 2e-4, coverage=0.7), _result(0.6, 1e-4)]
@@ -370,7 +394,9 @@ def _fake_run(run, scenes=60):
                 "settings": run.system.settings,
                 "seconds": {"train": 2.0},
                 "extra": {"kl": 1.0 + run.seed, "image_gap": 3.0},
-                "summary": {"unparseable": 0.0, "duplicate": 0.0, "eos": 1.0, "tokens": tokens, "coverage": 0.6},
+                "summary": {**_result(0.5, 0.0)["summary"], "tokens": tokens},
+                "seed": run.seed,
+                "scenes": scenes,
             }
         )
     )

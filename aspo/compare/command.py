@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from aspo.compare.files import write_all, write_seeds
-from aspo.compare.grid import as_key, run_grid, tries
+from aspo.compare.grid import as_key, merged, run_grid, seeds, tries
 from aspo.compare.notes import not_given, note_opening, unlike
 from aspo.compare.plan import (
     START,
@@ -123,11 +123,17 @@ def grid(args: argparse.Namespace, declared: Declared, systems: Sequence[System]
     failed: list[str] = []
 
     def run_all(wanted: Sequence[System]) -> dict[tuple[str, str], Any]:
-        seed = int(declared.grid["seed"])
-        runs = [make_run(s, seed, declared.validation, declared, args.out) for s in wanted]
-        failed.extend(execute(runs, args))
-        done = [run for run in runs if is_done(run)]
-        return {(r.system.name, as_key(r.system.settings)): json.loads(r.result.read_text()) for r in done}
+        def runs_of(system: System) -> list[Run]:  # the start model is the same with every seed
+            own = seeds(declared) if system.recipe is not None else seeds(declared)[:1]
+            return [make_run(system, seed, declared.validation, declared, args.out) for seed in own]
+
+        runs = [runs_of(system) for system in wanted]
+        failed.extend(execute([run for of in runs for run in of], args))
+        return {
+            (of[0].system.name, as_key(of[0].system.settings)): merged([json.loads(r.result.read_text()) for r in of])
+            for of in runs
+            if all(is_done(run) for run in of)
+        }
 
     if args.dry_run:
         run_all([System(START, None), *tries(systems, declared)])
@@ -143,10 +149,8 @@ def compare(args: argparse.Namespace, declared: Declared, systems: Sequence[Syst
     """The comparison on test scenes."""
     chosen, path = {}, None
     if declared.grid and not args.quick:
-        if declared.grid.get("seed", args.seeds) < args.seeds:
-            raise ValueError(
-                f"{declared.path}: the grid's seed, {declared.grid['seed']}, is one of --seeds {args.seeds}"
-            )
+        if taken := [seed for seed in seeds(declared) if seed < args.seeds] if "seed" in declared.grid else []:
+            raise ValueError(f"{declared.path}: the grid's seed, {taken[0]}, is one of --seeds {args.seeds}")
         path = args.chosen or args.declared.parent / "chosen" / args.declared.name
         chosen = read_chosen(path, systems)
     elif args.chosen is not None:

@@ -5,7 +5,8 @@ figure; of equal ones the smaller learning rate. Form is kept where, beside the 
 
     unparseable <= 1 %     duplicate <= start + 1 point     eos >= 99 %     tokens within 5 %     coverage >= 98 %
 
-(the last two of start's; a declared file can set other limits). Where no run keeps it, the system gets its smallest
+(the last two of start's; a declared file can set other limits). With several seeds a setting keeps its form where it
+does with each, and its figure is their mean. Where no run keeps it, the system gets its smallest
 learning rate, and grid.md and chosen.yaml say so. They also say where the chosen rate is the least or the greatest that
 was tried: a better one may lie beyond.
 A matched system is another one at the learning rate that gives it a third one's divergence from the start model.
@@ -56,8 +57,21 @@ def own_beta(recipe: Recipe) -> float | None:
     return float(defaults.pop()) if len(defaults) == 1 else None
 
 
+def merged(results: Sequence[Result]) -> Result:
+    """A setting's results with several seeds as one: means of the figures, each result under "each"."""
+    if len(results) == 1:
+        return results[0]
+    means = {
+        part: {name: math.fsum(r[part][name] for r in results) / len(results) for name in results[0][part]}
+        for part in ("summary", "extra")
+    }
+    return {**results[0], **means, "each": list(results)}
+
+
 def keeps_form(result: Result, start: Result, form: Mapping[str, float]) -> list[str]:
-    """What a run's answers lost beside the start model's; empty where they keep their form."""
+    """What a run's answers (with several seeds, any one's) lost beside the start model's; empty where they keep it."""
+    if "each" in result:
+        return [f"{lost} in seed {r['seed']}" for r in result["each"] for lost in keeps_form(r, start, form)]
     new, old = result["summary"], start["summary"]
     lost = []
     if new["unparseable"] > form["unparseable"]:
@@ -139,6 +153,17 @@ def run_grid(
     return _write(out, declared, start, by_system, picks)
 
 
+def seeds(declared: Declared) -> list[int]:
+    """The grid's seeds: `seed` is one or a list."""
+    seed = declared.grid["seed"]
+    return [int(s) for s in seed] if isinstance(seed, list) else [int(seed)]
+
+
+def _seeds(declared: Declared) -> str:
+    found = seeds(declared)
+    return f"seed{'s' * (len(found) > 1)} {', '.join(map(str, found))}"
+
+
 def as_key(settings: Mapping[str, Any]) -> str:
     return json.dumps(dict(settings), sort_keys=True)
 
@@ -191,7 +216,7 @@ def _write(
     matched = {entry["system"] for entry in declared.matched}  # their rates are no grid's
     edge = [name for name, (result, _) in picks.items() if name not in matched and at_edge(result, declared)]
     lines = [
-        f"Validation: {start['scenes']} scenes of {declared.validation.data}, seed {declared.grid['seed']}; "
+        f"Validation: {start['scenes']} scenes of {declared.validation.data}, {_seeds(declared)}; "
         f"start model: {declared.primary} {start['summary'][declared.primary]:.4f}",
         "",
         f"| system | settings | {declared.primary} | hallucinated | coverage | tokens | kl | form | |",
