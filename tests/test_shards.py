@@ -634,9 +634,11 @@ def test_real_commands_that_are_killed_from_outside(pairs, tmp_path):
     psutil.wait_procs(workers, timeout=30)
     assert not (tmp_path / "out" / "rows.jsonl").exists()
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("shards/pairs/*.jsonl")}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "--master_port"]
-    command = [*torchrun, str(free_port()), "-m", "aspo", *argv]
-    subprocess.run(command, env=environment, check=True, timeout=SECONDS, stderr=subprocess.DEVNULL)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
+    printed = tmp_path / "printed"
+    with printed.open("w") as stderr:  # --standalone: torchrun finds a free port itself, which no other test can take
+        done = subprocess.run([*torchrun, "-m", "aspo", *argv], env=environment, timeout=SECONDS, stderr=stderr)
+    assert done.returncode == 0, printed.read_text()
     assert {p: p.stat().st_mtime_ns for p in kept} == kept  # nothing that was there is made again
     assert cli.main(arguments("seva", pairs, tmp_path / "whole")) == 0
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
