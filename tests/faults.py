@@ -60,6 +60,8 @@ class Command:
         folder.mkdir(parents=True, exist_ok=True)
         number = len(list(folder.iterdir()))
         self.printed = [folder / f"{number}-{rank}.txt" for rank in range(size)]
+        for path in self.printed:  # a process may be killed before it has opened its own
+            path.touch()
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
         meeting |= {"LOCAL_WORLD_SIZE": str(size)}
         self.processes = []
