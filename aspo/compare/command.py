@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from aspo.compare.files import write_all, write_seeds
-from aspo.compare.grid import as_key, merged, run_grid, seeds, tries
+from aspo.compare.files import write_all
+from aspo.compare.grid import as_key, merged, run_grid, tries
 from aspo.compare.notes import not_given, note_opening, unlike
 from aspo.compare.plan import (
     START,
@@ -124,7 +124,7 @@ def grid(args: argparse.Namespace, declared: Declared, systems: Sequence[System]
 
     def run_all(wanted: Sequence[System]) -> dict[tuple[str, str], Any]:
         def runs_of(system: System) -> list[Run]:  # the start model is the same with every seed
-            own = seeds(declared) if system.recipe is not None else seeds(declared)[:1]
+            own = declared.grid["seed"] if system.recipe is not None else declared.grid["seed"][:1]
             return [make_run(system, seed, declared.validation, declared, args.out) for seed in own]
 
         runs = [runs_of(system) for system in wanted]
@@ -149,7 +149,7 @@ def compare(args: argparse.Namespace, declared: Declared, systems: Sequence[Syst
     """The comparison on test scenes."""
     chosen, path = {}, None
     if declared.grid and not args.quick:
-        if taken := [seed for seed in seeds(declared) if seed < args.seeds] if "seed" in declared.grid else []:
+        if taken := [seed for seed in declared.grid.get("seed", []) if seed < args.seeds]:
             raise ValueError(f"{declared.path}: the grid's seed, {taken[0]}, is one of --seeds {args.seeds}")
         path = args.chosen or args.declared.parent / "chosen" / args.declared.name
         chosen = read_chosen(path, systems)
@@ -174,7 +174,6 @@ def compare(args: argparse.Namespace, declared: Declared, systems: Sequence[Syst
     present = {name: whole[name] for name in tables}
     notes += unlike(present, declared)
     outcome = analyse(tables, present, declared, failed, smoke=args.quick, notes=notes)
-    write_seeds(present, declared, args.out / "seeds.csv")
     write_all(outcome, args.out, curves)
     print(markdown(outcome))
     print(f"written to {args.out}: table.md, table.json, figures.csv, seeds.csv, differences.svg")

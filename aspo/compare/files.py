@@ -8,10 +8,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from aspo.compare.grid import keeps_form
-from aspo.compare.plan import START, Declared, Run
+from aspo.compare.plan import Run
 from aspo.compare.table import EXTRA, Outcome, markdown
 from aspo.resume import write_json
+
+RECORD = (  # of an outcome, in table.json
+    "seeds",
+    "scenes",
+    "systems",
+    "differences",
+    "extra",
+    "verdicts",
+    "settings",
+    "seconds",
+    "failed",
+    "form_kept",
+    "smoke",
+    "notes",
+    "codes",
+)
 
 
 def write_all(outcome: Outcome, out: Path, curves: Mapping[str, Sequence[Run]]) -> None:
@@ -19,13 +34,13 @@ def write_all(outcome: Outcome, out: Path, curves: Mapping[str, Sequence[Run]]) 
     from aspo.compare.plots import plot_differences, plot_rewards  # matplotlib: only where something is drawn
 
     write_csv(outcome, out / "figures.csv")
+    write_seeds(outcome, out / "seeds.csv")
     plot_differences(outcome, out / "differences.svg")
     if curves:
         plot_rewards(curves, out / "rewards.svg")
-    record = asdict(outcome)
-    for name in ("declared", "figures"):
-        record.pop(name)
-    write_json(out / "table.json", json.loads(json.dumps(record), parse_constant=lambda _: None))
+    record = {name: getattr(outcome, name) for name in RECORD}
+    whole = json.dumps(record, default=asdict)
+    write_json(out / "table.json", json.loads(whole, parse_constant=lambda _: None))
     (out / "table.md").write_text(markdown(outcome), encoding="utf-8")
 
 
@@ -44,16 +59,14 @@ def write_csv(outcome: Outcome, path: Path) -> None:
                 writer.writerow([name, extra, own.value, own.low, own.high, *[""] * 4])
 
 
-def write_seeds(runs: Mapping[str, Sequence[Run]], declared: Declared, path: Path) -> None:
+def write_seeds(outcome: Outcome, path: Path) -> None:
     """One line per run: its figures, and what its answers lost of the start model's form (empty: nothing)."""
-    results = {name: [json.loads(run.result.read_text(encoding="utf-8")) for run in of] for name, of in runs.items()}
-    figures = [*next(iter(results.values()))[0]["summary"], *EXTRA]
-    start = results[START][0] if START in results else None
+    figures = [*outcome.results[outcome.declared.baseline][0]["summary"], *EXTRA]
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["system", "seed", *figures, "lost"])
-        for name, of in results.items():
-            for seed, result in enumerate(of):
+        for name, of in outcome.results.items():
+            lost = outcome.form_lost.get(name, [[]] * len(of))
+            for seed, (result, what) in enumerate(zip(of, lost, strict=True)):
                 values = result["summary"] | result["extra"]
-                lost = keeps_form(result, start, declared.form) if start else []
-                writer.writerow([name, seed, *(values.get(figure, "") for figure in figures), "; ".join(lost)])
+                writer.writerow([name, seed, *(values.get(figure, "") for figure in figures), "; ".join(what)])

@@ -124,7 +124,7 @@ def run_grid(
 ) -> Path:
     """Run the grid and write grid.json, grid.md and chosen.yaml into `out`; returns the last one's path.
 
-    run_all: trains systems (with settings) on the grid's seed and gives (name, settings as JSON) -> result.
+    run_all: trains systems (with settings) on the grid's seeds and gives (name, settings as JSON) -> result.
     """
     tried = tries(systems, declared)
     results = run_all([System(START, None), *tried])
@@ -151,17 +151,6 @@ def run_grid(
         best = min(found, key=lambda r: abs(math.log(r["extra"]["kl"] / target)))
         picks[name] = best, not keeps_form(best, start, declared.form)
     return _write(out, declared, start, by_system, picks)
-
-
-def seeds(declared: Declared) -> list[int]:
-    """The grid's seeds: `seed` is one or a list."""
-    seed = declared.grid["seed"]
-    return [int(s) for s in seed] if isinstance(seed, list) else [int(seed)]
-
-
-def _seeds(declared: Declared) -> str:
-    found = seeds(declared)
-    return f"seed{'s' * (len(found) > 1)} {', '.join(map(str, found))}"
 
 
 def as_key(settings: Mapping[str, Any]) -> str:
@@ -215,8 +204,10 @@ def _write(
 ) -> Path:
     matched = {entry["system"] for entry in declared.matched}  # their rates are no grid's
     edge = [name for name, (result, _) in picks.items() if name not in matched and at_edge(result, declared)]
+    seeds = declared.grid["seed"]
     lines = [
-        f"Validation: {start['scenes']} scenes of {declared.validation.data}, {_seeds(declared)}; "
+        f"Validation: {start['scenes']} scenes of {declared.validation.data}, "
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; "
         f"start model: {declared.primary} {start['summary'][declared.primary]:.4f}",
         "",
         f"| system | settings | {declared.primary} | hallucinated | coverage | tokens | kl | form | |",

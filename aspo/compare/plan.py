@@ -53,7 +53,7 @@ class Declared:
     """A file of comparisons declared beforehand. docs/evidence.md describes its keys.
 
     budget: fields of AspoConfig that every system trains with. grid: `learning_rate`, `beta_times`: what to try;
-    `seed`: one or a list.
+    `seed`: a list (the file may have one number).
     form: what a run of the grid must keep, see FORM. matched: systems that are another one at a third one's divergence.
     comparisons: `system`, `against`, `direction` (what is expected of the primary figure), `expected_by`, `reported`.
     """
@@ -105,10 +105,12 @@ def load_declared(path: str | Path) -> Declared:
             _need_number(path, f"grid: {key}", value, 0, whole=False)
     if "seed" in values["grid"]:
         seed = values["grid"]["seed"]
-        for value in seed if isinstance(seed, list) and seed else [seed]:
+        seeds = seed if isinstance(seed, list) and seed else [seed]
+        for value in seeds:
             _need_number(path, "grid: seed", value, 0)
-        if isinstance(seed, list) and len(set(seed)) < len(seed):
+        if len(set(seeds)) < len(seeds):
             raise ValueError(f"{path}: grid: seed is {seed}; each is to be there once")
+        values["grid"] = {**values["grid"], "seed": seeds}
     for key, needed, more in (
         ("comparisons", ("system", "against", "direction"), ("expected_by", "reported")),
         ("matched", ("system", "recipe_of", "kl_of"), ()),

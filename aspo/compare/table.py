@@ -6,9 +6,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from aspo.compare.grid import keeps_form
+from aspo.compare.grid import Result, keeps_form
 from aspo.compare.plan import START, Declared, Run
 from aspo.compare.statistics import Interval, Table, holm, interval, resampled, seed_interval
 from aspo.evaluation.figures import Figure
@@ -57,23 +58,63 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Outcome:
-    """systems[name][figure] and differences[name][figure], to the baseline; extra[name] one number a seed."""
+    """results[name]: one result.json a seed. systems[name][figure], and differences[name][figure] to the baseline."""
 
     declared: Declared
-    seeds: int
     scenes: int
     figures: list[Figure]
+    results: dict[str, list[Result]]
     systems: dict[str, dict[str, Interval]]
     differences: dict[str, dict[str, Interval]]
-    extra: dict[str, dict[str, Interval]]
     verdicts: list[Verdict]
-    settings: dict[str, dict[str, Any]]
-    seconds: dict[str, float]
     failed: list[str]
-    form_kept: dict[str, int]  # seeds whose answers keep the grid's form; empty without the start model
     smoke: bool = False
     notes: tuple[str, ...] = ()  # lines of the table: when it was opened, what is not alike
-    codes: int = 1  # states of this project's code that made the results
+
+    @property
+    def seeds(self) -> int:
+        return len(self.results[self.declared.baseline])
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """What the grid chose, by system."""
+        return {name: of[0]["settings"] for name, of in self.results.items()}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Processor time by system; the start model is measured once for all seeds."""
+        once = {name: {r["key"]: r for r in of}.values() for name, of in self.results.items()}
+        return {name: sum(sum(r["seconds"].values()) for r in of) for name, of in once.items()}
+
+    @property
+    def codes(self) -> int:
+        """States of this project's code that made the results."""
+        return len({code for of in self.results.values() for result in of for code in result["code"]})
+
+    @cached_property
+    def extra(self) -> dict[str, dict[str, Interval]]:
+        """Figures that are one number a seed."""
+        return {
+            name: {
+                e: seed_interval([r["extra"][e] for r in of])
+                for e in (*EXTRA, *REWARDS)
+                if all(e in r["extra"] for r in of)
+            }
+            for name, of in self.results.items()
+        }
+
+    @cached_property
+    def form_lost(self) -> dict[str, list[list[str]]]:
+        """What each seed's answers lost of the form that the grid asks for; empty without the start model."""
+        if START not in self.results:
+            return {}
+        start, form = self.results[START][0], self.declared.form
+        return {name: [keeps_form(result, start, form) for result in of] for name, of in self.results.items()}
+
+    @property
+    def form_kept(self) -> dict[str, int]:
+        """How many seeds' answers keep it."""
+        return {name: sum(not lost for lost in of) for name, of in self.form_lost.items()}
 
     @property
     def fair(self) -> dict[str, bool]:
@@ -109,42 +150,24 @@ def analyse(
         for c in declared.comparisons
     ]
     adjusted = holm([math.nan if i is None else i.p for i in compared])
-    verdicts = [
-        Verdict(comparison, found, p, judge(comparison["direction"], found, p))
-        for comparison, found, p in zip(declared.comparisons, compared, adjusted, strict=True)
-    ]
-    results = {name: [json.loads(run.result.read_text(encoding="utf-8")) for run in of] for name, of in runs.items()}
     return Outcome(
         declared,
-        seeds,
         scenes,
         figures,
+        {name: [json.loads(run.result.read_text(encoding="utf-8")) for run in of] for name, of in runs.items()},
         {name: {f.name: interval(by[f.name], seeds) for f in figures} for name, by in values.items()},
         {
             name: {f.name: difference(name, declared.baseline, f.name) for f in figures}
             for name in values
             if name != declared.baseline
         },
-        {
-            name: {
-                e: seed_interval([r["extra"][e] for r in of])
-                for e in (*EXTRA, *REWARDS)
-                if all(e in r["extra"] for r in of)
-            }
-            for name, of in results.items()
-        },
-        verdicts,
-        {name: of[0]["settings"] for name, of in results.items()},
-        {name: sum(sum(r["seconds"].values()) for r in of) for name, of in results.items()},
+        [
+            Verdict(comparison, found, p, judge(comparison["direction"], found, p))
+            for comparison, found, p in zip(declared.comparisons, compared, adjusted, strict=True)
+        ],
         list(failed),
-        {
-            name: sum(not keeps_form(r, start, declared.form) for r in of)
-            for start in (of[0] for name, of in results.items() if name == START)
-            for name, of in results.items()
-        },
         smoke,
         tuple(notes),
-        len({code for of in results.values() for result in of for code in result["code"]}),
     )
 
 
@@ -166,14 +189,36 @@ def show(estimate: Interval, figure: Figure, signed: bool = False) -> str:
 
 def markdown(outcome: Outcome) -> str:
     """The table, and above it the declared comparisons."""
-    declared, primary = outcome.declared, BY_NAME[outcome.declared.primary]
+    declared = outcome.declared
     lines = ["**SMOKE RUN: too small to mean anything.**", ""] if outcome.smoke else []
     lines += [
         f"{len(outcome.systems)} systems, {outcome.seeds} seeds, {outcome.scenes} test scenes; "
         f"{declared.prompts} prompts and {_budget(declared)} for each. Below each other: 95 % intervals over seeds and "
         "scenes (docs/evidence.md).",
         "",
-        f"## Declared beforehand ({declared.path.name}; primary figure: {primary.label}, points)",
+        *_verdicts(outcome),
+        *_figures(outcome),
+        *_rewards(outcome),
+    ]
+    lines += [line for note in outcome.notes for line in (note, "")]
+    lines += ["Settings by system:", ""] if any(outcome.settings.values()) else []
+    for name, settings in outcome.settings.items():
+        if settings:
+            told = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in settings.items())
+            lines.append(f"- {name}: {told}")
+    lines += ["", *(f"**Failed: {line}**" for line in outcome.failed)]
+    if outcome.codes > 1:
+        lines.append(f"**Made by {outcome.codes} states of the code** (`code` in each result.json tells which).")
+        lines.append("")
+    lines.append(f"{sum(outcome.seconds.values()) / 3600:.2f} hours of one thread for training and evaluation.")
+    return "\n".join(lines) + "\n"
+
+
+def _verdicts(outcome: Outcome) -> list[str]:
+    """The declared comparisons."""
+    primary = BY_NAME[outcome.declared.primary]
+    lines = [
+        f"## Declared beforehand ({outcome.declared.path.name}; primary figure: {primary.label}, points)",
         "",
         "| comparison | expected | by | difference | p (Holm) | |",
         "|---|---|---|---:|---:|---|",
@@ -187,45 +232,36 @@ def markdown(outcome: Outcome) -> str:
             f"| {c['system']} {MINUS} {c['against']} | {c['direction']}{reported} | {c.get('expected_by', '')} | "
             f"{number} | {p} | {v.verdict} |"
         )
+    return [*lines, ""]
+
+
+def _figures(outcome: Outcome) -> list[str]:
+    """Every system with its figures."""
+    primary, baseline = BY_NAME[outcome.declared.primary], outcome.declared.baseline
     shown = [BY_NAME[name] for name in SHOWN if BY_NAME[name] in outcome.figures]
-    head = ["system", primary.label, f"{MINUS} {declared.baseline}", *(f.label for f in shown), *EXTRA.values()]
-    lines += [
-        "",
+    head = ["system", primary.label, f"{MINUS} {baseline}", *(f.label for f in shown), *EXTRA.values()]
+    lines = [
         "## All systems",
         "",
-        f"Differences to {declared.baseline} that were not declared beforehand describe; they test nothing.",
+        f"Differences to {baseline} that were not declared beforehand describe; they test nothing.",
         "",
         "| " + " | ".join([*head, "within 2 %", "form kept"]) + " |",
         "|---|" + "---:|" * (len(head) - 1) + "---|---|",
     ]
     for name, by in outcome.systems.items():
-        other = "" if name == declared.baseline else show(outcome.differences[name][primary.name], primary, signed=True)
+        other = "" if name == baseline else show(outcome.differences[name][primary.name], primary, signed=True)
         extra = [f"{outcome.extra[name][e].value:.2f}" for e in EXTRA]
         cells = [show(by[primary.name], primary), other, *(show(by[f.name], f) for f in shown), *extra]
-        kept = f"{outcome.form_kept[name]} of {outcome.seeds}" if name in outcome.form_kept else ""
+        kept = f"{outcome.form_kept[name]} of {outcome.seeds}" if outcome.form_kept else ""
         lines.append("| " + " | ".join([name, *cells, "yes" if outcome.fair[name] else "no", kept]) + " |")
-    lines += [
+    return [
+        *lines,
         "",
         "Rates in per cent. *within 2 %*: coverage and length are both within 2 % of the baseline's; where they",
-    ]
-    lines += [
         "are not, read the rate of hallucinated sentences beside coverage. *form kept*: how many seeds' answers keep",
         "the form that the grid asks of a setting (sentences that parse, no repetition, length, coverage).",
         "",
     ]
-    lines += _rewards(outcome)
-    lines += [line for note in outcome.notes for line in (note, "")]
-    lines += ["Settings by system:", ""] if any(outcome.settings.values()) else []
-    for name, settings in outcome.settings.items():
-        if settings:
-            told = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in settings.items())
-            lines.append(f"- {name}: {told}")
-    lines += ["", *(f"**Failed: {line}**" for line in outcome.failed)]
-    if outcome.codes > 1:
-        lines.append(f"**Made by {outcome.codes} states of the code** (`code` in each result.json tells which).")
-        lines.append("")
-    lines.append(f"{sum(outcome.seconds.values()) / 3600:.2f} hours of one thread for training and evaluation.")
-    return "\n".join(lines) + "\n"
 
 
 def _rewards(outcome: Outcome) -> list[str]:
