@@ -118,9 +118,8 @@ class Embeddings:
                 told,
             )
 
-        missing = engine.processes.once(
-            "", lacking
-        )  # one list, of which each takes its share; all have read the folder
+        # One list, of which each takes its share; all have read the folder.
+        missing = engine.processes.once("", lacking)
         bar = progress_bar()
         bar.disable = not (engine.processes.main and missing)
         with bar:

@@ -20,9 +20,8 @@ from aspo.shards.processes import Processes
 Row = Mapping[str, Any]
 Make = Callable[[Sequence[Row], int], Parts]
 
-BEGUN_FILE = (
-    "begun"  # that all processes see it shows that they have one folder; it goes when the files are put together
-)
+# That all processes see it shows that they have one folder; it goes when the files are put together.
+BEGUN_FILE = "begun"
 
 logger = logging.getLogger(__name__)
 
