@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import importlib
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from items import Item, batch, inputs
+from items import Item, batch, inputs, item
 
 from aspo_kernels import linear_logps, objectives
+from aspo_kernels.family.policy_gradient import sampled_kl
 from aspo_kernels.objectives import Inputs
 
 pytest.importorskip("trl", minversion="1.16")
 import aspo  # noqa: F401  makes torchvision importable beside a CPU torch
+from aspo.online.trainer import OnlineOptions, OnlineTrainer, Rollout, token_losses
 
 
 def pairs(dtype: torch.dtype = torch.float64) -> list[Item]:
@@ -44,7 +47,13 @@ def stub(**settings: object) -> SimpleNamespace:
 
     return SimpleNamespace(
         model=SimpleNamespace(training=True),
-        accelerator=SimpleNamespace(device=torch.device("cpu"), gather=gather, gather_for_metrics=gather),
+        accelerator=SimpleNamespace(
+            device=torch.device("cpu"),
+            gather=gather,
+            gather_for_metrics=gather,
+            reduce=lambda values, reduction: values,
+            num_processes=1,
+        ),
         aux_loss_enabled=False,
         precompute_ref_logps=True,
         _metrics={"train": defaultdict(list)},
@@ -60,12 +69,14 @@ def outputs(x: Inputs, logps: torch.Tensor, **more: torch.Tensor) -> SimpleNames
     return SimpleNamespace(log_probs=logps, entropy=logps, mean_logits=logps, is_top1=logps > -1, **more)
 
 
-def trl_dpo(x: Inputs, loss_type: str, beta: float, **settings: object) -> torch.Tensor:
-    """DPOTrainer._compute_loss."""
+def trl_dpo(x: Inputs, loss_type: str | Mapping[str, float], beta: float, **settings: object) -> torch.Tensor:
+    """DPOTrainer._compute_loss; loss_type: one, or several with their weights."""
     module = importlib.import_module("trl.trainer.dpo_trainer")
+    weights = {loss_type: 1.0} if isinstance(loss_type, str) else loss_type
     defaults = {"f_divergence_type": "reverse_kl", "label_smoothing": 0.0, "use_weighting": False, "ld_alpha": None}
     more = {"log_sum_sq_probs": padded(settings.pop("log_sum_sq_probs"), x)} if "log_sum_sq_probs" in settings else {}
-    trainer = stub(loss_types=[loss_type], loss_weights=[1.0], beta=beta, **{**defaults, **settings})
+    types = {"loss_types": list(weights), "loss_weights": list(weights.values())}
+    trainer = stub(**types, beta=beta, **{**defaults, **settings})
     chosen, rejected = sums(x.ref_logps, x).chunk(2)
     rows = {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
     rows |= dict.fromkeys(("input_ids", "attention_mask", "completion_mask"), counted(x))
@@ -176,3 +187,82 @@ def test_kto(labels):
     result = objectives.get("kto")(x, **options)
     assert_same(result.losses.mean(), theirs, x.logps)
     assert float(result.stats["kl"]) == pytest.approx(trainer._metrics["train"]["kl"][0])
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"dpo": 0.8, "sft": 0.3}, {"sigmoid": 0.8, "sft": 0.3}),
+        ({"ipo": 0.6, "dpo": 0.25, "hinge": 1.7}, {"ipo": 0.6, "sigmoid": 0.25, "hinge": 1.7}),
+        ({"dpo": 0.8, "hinge": -0.5}, {"sigmoid": 0.8, "hinge": -0.5}),
+    ],
+)
+def test_a_weighted_sum(ours, theirs):
+    """The chosen responses are of one length: TRL's `sft` is a mean over the batch's tokens, ours over its pairs."""
+    shapes = [([2, 2], [4, 2]), ([4], [3]), ([1, 3], [1, 2, 2]), ([1, 1, 2], [1])]
+    x = inputs([item(*shape, 0, seed) for seed, shape in enumerate(shapes)])
+    assert_same(objectives.weighted_sum(ours)(x, beta=0.3).losses.mean(), trl_dpo(x, theirs, 0.3), x.logps)
+
+
+# --- the clipped token step of `aspo online` ---
+
+LENGTHS = [5, 2, 7, 1]  # of answers: their tokens stand in one row, as the step has them
+
+
+def token_step() -> dict[str, torch.Tensor]:
+    """logps, old and ref log-probabilities, and a reward for each token, some of them 0: (N,) each."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(4, sum(LENGTHS), generator=generator, dtype=torch.float64)
+    logps = -3 * torch.rand(sum(LENGTHS), generator=generator, dtype=torch.float64)
+    rewards = noise[2].masked_fill(noise[3] > 1, 0.0)
+    return {"logps": logps.requires_grad_(), "old": logps.detach() + 0.3 * noise[0],
+            "ref": logps.detach() + 0.5 * noise[1], "rewards": rewards}  # fmt: skip
+
+
+def trl_grpo(x: dict[str, torch.Tensor], answers: slice, loss_type: str, beta: float, parts: int) -> tuple:
+    """GRPOTrainer._compute_loss of some of the answers, one of a step's `parts` micro-batches: its loss and metrics."""
+    module = importlib.import_module("trl.trainer.grpo_trainer")
+    rows = {k: torch.nn.utils.rnn.pad_sequence(v.split(LENGTHS)[answers], batch_first=True) for k, v in x.items()}
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(n) for n in LENGTHS[answers]], batch_first=True).long()
+    trainer = stub(
+        loss_type=loss_type, beta=beta, epsilon_low=0.2, epsilon_high=0.2, importance_sampling_level="token",
+        top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False, _entropy_bonus_enabled=False,
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=parts),
+        current_gradient_accumulation_steps=parts,
+        _get_per_token_logps_and_entropies=lambda *_, **__: (rows["logps"], rows["logps"].detach(), None),
+    )  # fmt: skip
+    read = {
+        "prompt_ids": mask[:, :1], "prompt_mask": mask[:, :1], "completion_ids": mask, "completion_mask": mask,
+        "advantages": rows["rewards"], "old_per_token_logps": rows["old"], "ref_per_token_logps": rows["ref"],
+        "num_items_in_batch": torch.tensor(float(sum(LENGTHS))),
+    }  # fmt: skip
+    return module.GRPOTrainer._compute_loss(trainer, None, read), trainer._metrics["train"]
+
+
+@pytest.mark.parametrize("loss_type", ["bnpo", "dapo"])  # both are means over all tokens here
+@pytest.mark.parametrize("beta", [0.0, 0.4])
+def test_the_clipped_token_step(beta, loss_type):
+    x = token_step()
+    kl = sampled_kl(x["logps"], x["ref"])
+    result = token_losses(x["logps"], x["old"], x["rewards"], kl, OnlineOptions(kl="k3", kl_coef=beta, clip=0.2))
+    theirs, metrics = trl_grpo(x, slice(None), loss_type, beta, 1)
+    assert_same(result.losses.mean(), theirs, x["logps"])
+    assert 0 < result.clipped.sum() < (result.ratios - 1).abs().gt(0.2).sum()  # on the costly side it does not hold
+    assert float(result.clipped.double().mean()) == pytest.approx(metrics["clip_ratio/region_mean"][0])
+    assert beta == 0 or float(kl.detach().mean()) == pytest.approx(metrics["kl"][0])
+
+
+def test_a_step_of_several_micro_batches():
+    """`OnlineTrainer.update` beside TRL's accumulation: the mean is over the step's tokens, not the micro-batches'."""
+    x, cuts = token_step(), [(slice(0, 1), slice(0, 5)), (slice(1, 4), slice(5, 15))]  # answers, and their tokens
+    step = [Rollout({"of": tokens}, x["rewards"][tokens], x["old"][tokens], torch.empty(0)) for _, tokens in cuts]
+    loop = SimpleNamespace(
+        options=OnlineOptions(kl="k3", kl_coef=0.4, max_grad_norm=1e9),
+        numbers=lambda batch, _: (x["logps"][batch["of"]], sampled_kl(x["logps"][batch["of"]], x["ref"][batch["of"]])),
+        optimizer=SimpleNamespace(zero_grad=lambda **_: None, step=lambda: None),
+        parameters=[x["logps"]],
+    )
+    figures = OnlineTrainer.update(loop, step)
+    theirs = sum(trl_grpo(x, answers, "dapo", 0.4, 2)[0] for answers, _ in cuts)
+    assert figures["loss"] == pytest.approx(float(theirs.detach()), rel=1e-12)
+    torch.testing.assert_close(x["logps"].grad, torch.autograd.grad(theirs, x["logps"])[0], rtol=1e-10, atol=1e-12)
