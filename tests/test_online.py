@@ -276,12 +276,12 @@ def test_a_stopped_run_goes_on_to_the_same_weights(calibration, tmp_path, monkey
         if self.round == 1 and not (tmp_path / "was").exists():
             (tmp_path / "was").touch()
             original(self, prompts)
-            raise RuntimeError("killed behind the second round's steps")
+            raise KeyboardInterrupt("killed behind the second round's steps")
         return original(self, prompts)
 
     monkeypatch.setattr(OnlineTrainer, "run_round", stopping)
     stopped = tmp_path / "stopped"
-    with pytest.raises(RuntimeError):
+    with pytest.raises(KeyboardInterrupt):
         online(*command(calibration, stopped, 3))
     assert [path.name for path in checkpoints(stopped)] == ["checkpoint-1"]
     online(*command(calibration, stopped, 3))
@@ -302,6 +302,40 @@ def test_a_stopped_run_goes_on_to_the_same_weights(calibration, tmp_path, monkey
         assert all(name in figures for figures in history), name
     assert history[0]["kl/policy_ref"] == pytest.approx(0, abs=1e-6) and history[-1]["kl/policy_ref"] > 0
     load_model(stopped, device="cpu")  # an adapter with its processor, as `aspo train` leaves one
+
+
+def test_a_round_that_cannot_be_scored_costs_no_finished_one(calibration, tmp_path, monkeypatch):
+    online(*command(calibration, tmp_path / "whole", 3), "--save-rounds", 10)
+    out, scores, calls = tmp_path / "out", Verifier.scores, []
+
+    def third_fails(self, rows, answers):
+        calls.append(rows)
+        if len(calls) == 3:
+            raise ValueError("row 'a': its similarity is not finite")
+        return scores(self, rows, answers)
+
+    monkeypatch.setattr(Verifier, "scores", third_fails)
+    with pytest.raises(ValueError, match="not finite"):
+        online(*command(calibration, out, 3), "--save-rounds", 10)
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-2"]
+    online(*command(calibration, out, 3), "--save-rounds", 10)
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (out, tmp_path / "whole")]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[1])
+
+
+def test_an_error_between_a_rounds_steps_keeps_no_half_round(calibration, tmp_path, monkeypatch):
+    update, steps = OnlineTrainer.update, []
+
+    def fourth_fails(self, step):  # the second round's second step
+        steps.append(self.round)
+        if len(steps) == 4:
+            raise ValueError("the gradient's norm is nan")
+        return update(self, step)
+
+    monkeypatch.setattr(OnlineTrainer, "update", fourth_fails)
+    with pytest.raises(ValueError, match="norm is nan"):
+        online(*command(calibration, tmp_path / "out", 2), "--epochs", 1, "--save-rounds", 10)
+    assert steps == [0, 0, 1, 1] and not checkpoints(tmp_path / "out")
 
 
 def test_a_finished_run_is_left_alone_and_other_settings_are_refused(calibration, tmp_path, capsys):

@@ -109,7 +109,12 @@ def run(args: argparse.Namespace) -> int:
     with progress_bar() as bar, Interrupt() as interrupt:
         task = bar.add_task("rounds", total=options.rounds, completed=trainer.round)
         while trainer.round < options.rounds and not interrupt.requested:
-            figures = trainer.run_round(round_prompts(rows, options, trainer.round))
+            try:
+                figures = trainer.run_round(round_prompts(rows, options, trainer.round))
+            except Exception:
+                if trainer.round and not trainer.stepped:  # a row that cannot be scored costs no finished round
+                    trainer.save(args.out)
+                raise
             bar.console.print(round_line(figures))
             write_json(args.out / HISTORY_FILE, trainer.history)
             bar.advance(task)

@@ -107,6 +107,7 @@ class OnlineTrainer:
         self.head, self.collator = output_head(self.policy), Collator(processor, responses=("chosen",))
         self.device = self.head.weight.device
         self.round = 0
+        self.stepped = False  # whether the round in hand has changed the policy
         self.history: list[dict[str, float]] = []
 
     # ---- one round ----
@@ -139,6 +140,7 @@ class OnlineTrainer:
             figures["kl/policy_ref"] = float(torch.cat([e.old_logps - self._ref_logps(e) for e in made]).mean())
             figures["answer/retokenised"] = _retokenised(made, rows)
         self.round += 1
+        self.stepped = False
         self.history.append(figures)
         return figures
 
@@ -202,6 +204,7 @@ class OnlineTrainer:
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, options.max_grad_norm))
         if not norm < float("inf"):
             raise ValueError(f"the gradient's norm is {norm} in round {self.round + 1}: lower learning_rate")
+        self.stepped = True
         self.optimizer.step()
         clipped = sums["clip_share"] / max(sums.pop("rewarded"), 1.0)
         return {**sums, "clip_share": clipped, "grad_norm": norm}
