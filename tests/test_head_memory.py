@@ -1,4 +1,6 @@
-"""No registered objective holds an N x V array: from the model's inputs through the head and the loss to the backward.
+"""Nothing that trains holds an N x V array: from the model's inputs through the head and the loss to the backward.
+
+Every registered objective, the on-policy step of `aspo online`, and the judge of `aspo rewards --method tldr`.
 
 The most that is allocated at a time is measured at two vocabulary sizes with the same tokens. Whatever has an entry for
 each token and each vocabulary entry makes the difference at least N x 3V numbers; what has a row for each vocabulary
@@ -9,6 +11,7 @@ such an array of its own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partialmethod
 from typing import Any
 
 import aspo  # noqa: F401  first: it makes torchvision importable on a CPU torch
@@ -18,9 +21,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from tiny import tiny_tokenizer
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from aspo.model import HeadParams
+from aspo.online.trainer import KL_KINDS, OnlineOptions, OnlineTrainer
+from aspo.rewards.tldr import TokenJudge
 from aspo.shared_prefix.forward import PairForward, batch_to, objective_inputs
 from aspo_kernels import SentenceLayout, objectives, tiles
 
@@ -91,22 +98,17 @@ def made_policy(vocabulary: int, trained_head: bool = False) -> torch.nn.Module:
     return policy
 
 
-def growth(name: str, device: str, backend: str = "auto", own_reference: bool = False, **policy: bool) -> float:
-    """The peak at 4V less that at V, as a share of what N x V fp32 logits would have grown by."""
-    objective, peaks = objectives.get(name), []
+Step = tuple[Callable[[], object], torch.nn.Module]  # a step, and what it trains
+
+
+def growth_of(prepare: Callable[[int], Step], device: str) -> float:
+    """The peak at 4V less that at V, as a share of what N x V fp32 logits would have grown by.
+
+    prepare: makes the step of a model with that many vocabulary entries.
+    """
+    peaks = []
     for vocabulary in (SMALL, LARGE):
-        batch = batch_to(made_batch(vocabulary), torch.device(device))
-        batch |= {k: v.to(device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
-        model = made_policy(vocabulary, **policy).to(device)
-        reference = made_policy(vocabulary, trained_head=True).to(device) if own_reference else None
-        forward = PairForward(model, reference, "mask", objective.difference_only, backend)
-
-        def step(batch: dict = batch, forward: PairForward = forward) -> None:
-            numbers = forward.numbers(batch, objective.needs_reference, objective.reads)
-            reductions = "auto" if backend == "reference" else backend
-            x = objective_inputs(batch, numbers, reductions, objective.reads, 2.0 * RESPONSE)
-            objective(x).losses.mean().backward()
-
+        step, model = prepare(vocabulary)
         step()  # loads code, compiles kernels
         for p in model.parameters():
             p.grad = None
@@ -114,6 +116,28 @@ def growth(name: str, device: str, backend: str = "auto", own_reference: bool = 
         trained = [p.grad for p in model.parameters() if p.requires_grad]
         assert any(g is not None and g.abs().sum() > 0 for g in trained)
     return (peaks[1] - peaks[0]) / LOGITS
+
+
+def growth(name: str, device: str, backend: str = "auto", own_reference: bool = False, **policy: bool) -> float:
+    """`growth_of` an objective's forward and backward."""
+    objective = objectives.get(name)
+
+    def prepare(vocabulary: int) -> Step:
+        batch = batch_to(made_batch(vocabulary), torch.device(device))
+        batch |= {k: v.to(device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+        model = made_policy(vocabulary, **policy).to(device)
+        reference = made_policy(vocabulary, trained_head=True).to(device) if own_reference else None
+        forward = PairForward(model, reference, "mask", objective.difference_only, backend)
+
+        def step() -> None:
+            numbers = forward.numbers(batch, objective.needs_reference, objective.reads)
+            reductions = "auto" if backend == "reference" else backend
+            x = objective_inputs(batch, numbers, reductions, objective.reads, 2.0 * RESPONSE)
+            objective(x).losses.mean().backward()
+
+        return step, model
+
+    return growth_of(prepare, device)
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -132,12 +156,56 @@ def test_nor_with_a_head_that_trains(name, device):
     assert growth(name, device, own_reference=True, trained_head=True) < 3.5 * HIDDEN / TOKENS
 
 
+# --- the steps that are no objective's ---
+
+
+def online_growth(kl: str, device: str) -> float:
+    """`growth_of` a round's step: what is kept of the answers, and the clipped update on them."""
+
+    def prepare(vocabulary: int) -> Step:
+        model = made_policy(vocabulary, trained_head=True).to(device)
+        loop = OnlineTrainer(model, tiny_tokenizer(), None, None, OnlineOptions(kl=kl))  # type: ignore[arg-type]
+        loop.collator = lambda rows: made_batch(vocabulary)  # type: ignore[assignment]
+        loop.round = 1  # the first one compares the head with the model's logits at each row's last position
+        return lambda: loop.update([loop.rollout([])]), loop.policy
+
+    return growth_of(prepare, device)
+
+
+def judge_growth(device: str) -> float:
+    """`growth_of` a training step of TLDR's judge."""
+
+    def prepare(vocabulary: int) -> Step:
+        judge = TokenJudge(made_policy(vocabulary, trained_head=True).to(device), tiny_tokenizer(), 1e-3, 0)
+        judge.collator = lambda rows: made_batch(vocabulary)  # type: ignore[assignment]
+        return lambda: judge.step([]), judge.policy
+
+    return growth_of(prepare, device)
+
+
+@pytest.mark.parametrize("kl", KL_KINDS)
+def test_nor_does_the_on_policy_step(kl, device):
+    assert online_growth(kl, device) < 0.02
+
+
+def test_nor_does_the_token_judge(device):
+    assert judge_growth(device) < 0.02
+
+
 # --- what the measurement would see ---
 
 
 @pytest.mark.parametrize("name", ["dpo", "tdpo", "wpo", "sft"])
 def test_full_logits_are_seen(name, device):
     assert growth(name, device, backend="reference") > 0.9
+
+
+def test_full_logits_of_the_other_steps_are_seen(monkeypatch, device):
+    for name in ("logps", "logps_pair", "token_kl"):
+        monkeypatch.setattr(HeadParams, name, partialmethod(getattr(HeadParams, name), backend="reference"))
+    assert judge_growth(device) > 0.9
+    for kl in KL_KINDS:
+        assert online_growth(kl, device) > 0.9
 
 
 def test_an_objective_with_such_an_array_is_seen(monkeypatch, device):
