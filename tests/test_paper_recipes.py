@@ -6,12 +6,15 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from families import family
-from tiny import tiny_clip, tiny_image
+from safetensors.torch import load_file
+from tiny import COLOURS, tiny_clip, tiny_image
 
 from aspo import cli
-from aspo.folder import write_rows
+from aspo.folder import ROWS_FILE, read_lines, write_rows
 from aspo.generation import Answer, generate_answers
 from aspo.recipes.recipe import check_recipe, load_recipe
 
@@ -74,21 +77,25 @@ def test_the_papers_own_settings():
             assert (negatives["count"], negatives["latents"], options[path.stem]["beta"]) == (3, 128, 0.5)
 
 
+def prompt(number, colour, box):
+    return {
+        "id": f"{number}",
+        "prompt": "Describe the image.",
+        "images": [tiny_image(colour, box).resize((40, 40))],
+    }
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A folder with prompts about images of four colours and a small CLIP; small models of the real classes by name."""
+    """A folder with prompts about images of four colours, others with their colour as the object that is there, and a
+    small CLIP; small models of the real classes by name."""
     folder = tmp_path_factory.mktemp("papers")
     tiny_clip(folder / "clip")
     colours = ("red", "green", "blue", "yellow")
-    rows = [
-        {
-            "id": f"{k}",
-            "prompt": "Describe the image.",
-            "images": [tiny_image(colours[k % 4], (k, k, 20 + k, 25)).resize((40, 40))],
-        }
-        for k in range(8)
-    ]
-    write_rows(folder / "rows", rows)
+    write_rows(folder / "rows", [prompt(k, colours[k % 4], (k, k, 20 + k, 25)) for k in range(8)])
+    set_apart = [prompt(k, colours[k % 4], (5, 6 + k, 24, 26)) for k in range(8)]  # none is an image of the rows
+    write_rows(folder / "calibration", [{**row, "objects": [colours[k % 4]]} for k, row in enumerate(set_apart)])
+    (folder / "objects.txt").write_text("\n".join(colours))
 
     def model(name):
         place = folder / name
@@ -131,11 +138,12 @@ def finished_answers(monkeypatch):
 
     def generate(model, processor, rows, **options):
         made = generate_answers(model, processor, rows, **options)
-        start = "It is a star" if options.get("pixel_transform") else "There is one circle only"
+        start = "It is a blue star" if options.get("pixel_transform") else "There is one red circle only"
         texts = [f"{start}. The background is black. It is number {k}." for k in range(len(rows))]
         return [Answer(text, answer.num_tokens, True) for text, answer in zip(texts, made, strict=True)]
 
-    monkeypatch.setattr("aspo.pairs.seva.generate_answers", generate)
+    for place in ("pairs.seva", "rewards.calibrate", "online.trainer"):
+        monkeypatch.setattr(f"aspo.{place}.generate_answers", generate)
 
 
 TWICE = (
@@ -163,23 +171,63 @@ def test_two_steps_on_a_small_model(path, small, finished_answers, tmp_path, cap
     assert (tmp_path / "out" / "model" / "adapter_config.json").is_file()
 
 
-VERIFIER = {  # the embedded world's: random weights name no objects, and a verifier must tell them apart
-    **{"rewards.scorer": "world", "rewards.objects": "world", "rewards.calibrate": "world:calibration"},
-    **{"rewards.calibrate-limit": 24, "rewards.max-new-tokens": 40, "rewards.dtype": "float32"},
-}
+class ColourScorer:
+    """A verifier that tells objects apart, as random weights do not: they are colours, seen in the mean pixel, the
+    better the more of the image they fill."""
+
+    identity = "colours"
+
+    def image_features(self, images):
+        means = [np.asarray(image.convert("RGB"), dtype=np.float32).mean((0, 1)) for image in images]
+        return torch.nn.functional.normalize(torch.tensor(np.stack(means)) + 20, dim=-1)
+
+    def text_features(self, texts):
+        return torch.nn.functional.normalize(torch.tensor([COLOURS[text] for text in texts]).float(), dim=-1)
 
 
-def test_two_steps_of_offline_fisao(tmp_path, capsys):
+@pytest.fixture
+def verifier(small, finished_answers, monkeypatch):
+    """The settings of a FiSAO recipe's verifier: every answer says "red", and one image in four is."""
+    for place in ("rewards.calibrate", "online.command"):
+        monkeypatch.setattr(f"aspo.{place}.load_scorer", lambda name, device: ColourScorer())
+    folder, _ = small
+    return {
+        **{"rewards.scorer": "colours", "rewards.objects": folder / "objects.txt"},
+        **{"rewards.calibrate": folder / "calibration", "rewards.max-new-tokens": 4, "rewards.dtype": "float32"},
+    }
+
+
+def check_calibration(out):
+    (path,) = out.rglob("calibration.json")
+    found = json.loads(path.read_text())
+    assert {"answers": 8, "correct": 2, "hallucinated": 6}.items() <= found["counts"].items()
+    assert (found["auc"], found["identity"]) == (1.0, "colours")
+    return path.parent
+
+
+def test_two_steps_of_offline_fisao(small, verifier, tmp_path, capsys):
     (path,) = [path for path in PAPERS if path.stem.startswith("fisao-offline")]
-    log = run(path, "world", "world:train", tmp_path / "out", SMALL | VERIFIER | {"pairs.max-new-tokens": 40}, capsys)
+    folder, model = small
+    log = run(path, model("LLaVA-1.5"), folder / "rows", tmp_path / "out", SMALL | verifier, capsys)
     check_two_steps(log, math.log(2))
+    rows = read_lines(check_calibration(tmp_path / "out") / ROWS_FILE)
+    rewards = {row["id"]: [(row["chosen"][a:b], r) for a, b, r in row["chosen_token_scores"]] for row in rows}
+    assert len(rewards) == 8 and all([word for word, _ in of] == ["red"] for of in rewards.values())
+    signs = {id: math.copysign(1, r) if r else 0 for id, ((_, r),) in rewards.items()}
+    assert [signs[f"{k}"] for k in range(8)] == [1, -1, -1, 0] * 2  # red; green, blue; yellow lies between
 
 
-def test_two_rounds_of_fisao(tmp_path, capsys):
+def test_two_rounds_of_fisao(small, verifier, tmp_path, capsys):
     (path,) = [path for path in PAPERS if path.stem == "fisao-llava-1.5-7b"]
+    folder, model = small
     online = {
         **{"online.rounds": 2, "online.prompts-per-round": 4, "online.batch-size": 4, "online.epochs": 1},
-        **{"online.max-new-tokens": 40, "online.dtype": "float32"},
+        **{"online.max-new-tokens": 4, "online.dtype": "float32", "online.lora-r": 8},
     }
-    log = run(path, "world", "world:train", tmp_path / "out", VERIFIER | online, capsys)
-    assert len(log) >= 2 and (tmp_path / "out" / "model" / "adapter_config.json").is_file()
+    log = run(path, model("LLaVA-1.5"), folder / "rows", tmp_path / "out", verifier | online, capsys)
+    check_calibration(tmp_path / "out")
+    assert [entry["round"] for entry in log] == [1, 2] and all(entry["answer/object_words"] == 1 for entry in log)
+    assert sum(entry["reward/positive"] for entry in log) == 0.5 and sum(entry["reward/negative"] for entry in log) == 1
+    assert all(0 < entry["grad_norm"] < math.inf and math.isfinite(entry["loss"]) for entry in log)
+    adapter = load_file(tmp_path / "out" / "model" / "adapter_model.safetensors")
+    assert all(weight.any() for name, weight in adapter.items() if "lora_B" in name)  # they start at 0
