@@ -60,7 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=1, help="images of a prompt (1)")
     parser.add_argument("--image-size", type=int, help="pixels of an image's side (the vision tower's own, else 336)")
     parser.add_argument("--per_device_train_batch_size", type=int, default=2, help="pairs in a batch of one device (2)")
-    parser.add_argument("--dtype", help="weights' type, as in aspo train")
+    parser.add_argument(
+        "--dtype",
+        help="weights' type (default: float32; with --gpus and LoRA bfloat16, as aspo train has them on a GPU)",
+    )
     parser.add_argument("--bf16", action="store_true", help="mixed precision in bfloat16")
     parser.add_argument("--no_use_lora", action="store_true", help="full fine-tuning (with a frozen vision tower)")
     parser.add_argument("--lora_r", type=int, help="rank of the adapters (16)")

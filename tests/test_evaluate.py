@@ -124,6 +124,12 @@ def test_nothing_is_asked_where_none_is_wanted(fake):
     assert fake.rows == 1 and "minimal_pair_accuracy" not in figures and "yes_no_accuracy_all" not in figures
 
 
+def test_a_scenes_row_may_name_its_cluster(fake):
+    rows = [_row(0, scene=SCENE.to_json()), _row(0, scene=SCENE.to_json()) | {"id": "b", "cluster": "twice"}]
+    items = evaluate(MODEL, None, rows, Options(questions=0))
+    assert "cluster" not in items[0] and items[1]["cluster"] == "twice"
+
+
 def test_question_rows_cluster_by_image(fake):
     rows = [
         _row(0, prompt="Is there a dog?", question="Is there a dog?", answer="Yes", split="random"),

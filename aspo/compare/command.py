@@ -46,12 +46,13 @@ QUICK = {"prompts": 48, "max_steps": 3, "systems": 2, "seeds": 2, "scenes": 32}
 DESCRIPTION = """Train systems from one start on the same pairs and steps, over seeds, and compare them.
 
   aspo compare recipes/world/*.yaml --declared recipes/declared.yaml --grid --out runs/grid
-  aspo compare recipes/world/*.yaml --declared recipes/declared.yaml --seeds 8 --jobs 2 --out runs/compare
+  aspo compare recipes/world/*.yaml --declared recipes/declared.yaml --chosen runs/grid/chosen.yaml --out runs/compare
 
 The first command chooses every system's learning rate and beta on validation scenes, and writes chosen.yaml. The second
-one reads it (--chosen), opens the test scenes, and writes table.md, table.json, figures.csv and differences.svg: paired
-differences to the baseline with intervals over seeds and scenes, and the comparisons that the declared file announces,
-with Holm's correction. Run the same command again to go on after a stop. docs/evidence.md explains all of it."""
+one reads it (without --chosen, what is kept in chosen/ beside the declared file), opens the test scenes, and writes
+table.md, table.json, figures.csv, seeds.csv and plots: paired differences to the baseline with intervals over seeds and
+scenes, and the comparisons that the declared file announces, with Holm's correction. Run the same command again to go
+on after a stop. docs/evidence.md explains all of it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

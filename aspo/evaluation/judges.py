@@ -85,7 +85,8 @@ def judge_scenes(model: Any, processor: Any, rows: list[Row], options: Options, 
     pairs = [_scene_pairs(scene, options) for scene in scenes]
     pair_margins = margins(model, processor, rows, pairs, options.batch_size)
     items = []
-    for scene, answer, qs, scene_pairs, of_scene in zip(scenes, answers, asked, pairs, pair_margins, strict=True):
+    judged = zip(scenes, answers, asked, pairs, pair_margins, [row.get("cluster") for row in rows], strict=True)
+    for scene, answer, qs, scene_pairs, of_scene, cluster in judged:
         claims = judge(answer.text, scene)
         counts = scene_counts(claims, scene) | answer_counts(answer.text, answer.num_tokens, answer.finished)
         replies = [(split, question, truth, next(said).text) for split, question, truth in qs]
@@ -108,6 +109,8 @@ def judge_scenes(model: Any, processor: Any, rows: list[Row], options: Options, 
                 "counts": counts,
             }
         )
+        if cluster is not None:
+            items[-1]["cluster"] = cluster
     return items
 
 

@@ -142,7 +142,7 @@ def merged(base: str, trained: Path) -> Path:
 
 DESCRIPTION = """Run a recipe: its data steps, then its training.
 
-  aspo run recipes/dpo.yaml --data llava_instruct_150k.json --out runs/dpo
+  aspo run recipes/papers/dpo-llava-1.5-7b.yaml --data llava_instruct_150k.json --out runs/dpo
   aspo run recipes/world/aspo.yaml --model world --data world:train --out runs/aspo --set train.max_steps=20
 
 A recipe is a YAML file (docs/recipes.md). All of it is checked before the first step. What a data step makes is kept in

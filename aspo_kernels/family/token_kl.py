@@ -1,7 +1,7 @@
 """Objectives with the divergence from the reference at every token: TDPO, and CHiP, which is built on it.
 
-D(y) = sum_t KL(ref || policy) over the whole vocabulary (`linear_token_kl`: twice the passes over the head of DPO's,
-without logits; the reference must be run, a cache of log-probabilities is not enough).
+D(y) = sum_t KL(ref || policy) over the whole vocabulary (`linear_token_kl`: without logits, twice the passes over the
+head of DPO's with a cached reference; here it must be run, a cache of log-probabilities is not enough).
 """
 
 from __future__ import annotations
