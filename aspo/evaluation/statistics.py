@@ -83,7 +83,7 @@ def compare(
     clusters = {key: index for index, key in enumerate(dict.fromkeys(_cluster(tables[first][i]) for i in ids))}
     rows = np.array([clusters[_cluster(tables[first][i])] for i in ids])
     sums: dict[str, np.ndarray] = {}  # system -> (1 + resamples, count names); row 0 is the sample itself
-    weights = _weights(len(clusters), resamples, seed)
+    weights = multiplicities(len(clusters), resamples, seed)
     matrices = {system: _matrix(table, ids, names, rows, len(clusters)) for system, table in tables.items()}
     for chunk in weights:
         for system, matrix in matrices.items():
@@ -94,9 +94,9 @@ def compare(
         for system, total in sums.items()
     }
     return Comparison(
-        systems={system: {f.name: _estimate(by[f.name], level) for f in figures} for system, by in values.items()},
+        systems={system: {f.name: estimate(by[f.name], level) for f in figures} for system, by in values.items()},
         differences={
-            (a, b): {f.name: _estimate(values[a][f.name] - values[b][f.name], level) for f in figures}
+            (a, b): {f.name: estimate(values[a][f.name] - values[b][f.name], level) for f in figures}
             for a, b in differences
         },
         figures=figures,
@@ -138,8 +138,8 @@ def _matrix(
     return matrix
 
 
-def _weights(clusters: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Chunks of (rows, clusters) float64 multiplicities; the first row of all is ones, the sample itself."""
+def multiplicities(clusters: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Chunks of (rows, clusters) float64: copies of each cluster; the first row of all is ones, the sample itself."""
     generator = np.random.default_rng(seed)
     yield np.ones((1, clusters))
     step = max(1, _CHUNK_ELEMENTS // clusters)
@@ -148,7 +148,8 @@ def _weights(clusters: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
         yield generator.multinomial(clusters, np.full(clusters, 1 / clusters), size=size).astype(np.float64)
 
 
-def _estimate(values: np.ndarray, level: float) -> Estimate:
+def estimate(values: np.ndarray, level: float) -> Estimate:
+    """The percentile interval of (1 + resamples,) values, the sample's own first; NaN ones are left out."""
     drawn = values[1:][~np.isnan(values[1:])]
     if np.isnan(values[0]) or not drawn.size:
         return Estimate(float(values[0]), float("nan"), float("nan"))

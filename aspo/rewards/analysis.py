@@ -2,8 +2,8 @@
 
 For one model, or for two (before and after training): how the similarities of right and wrong object words, and of
 right and wrong sentences, are distributed, with the AUC of each; and how an answer's scores go with BLEU and ROUGE
-against a true reference (FiSAO reports that sentence scores hardly do). The figures go to analysis.json, the
-distributions to analysis.png.
+against a true reference (FiSAO reports that sentence scores hardly do). Every AUC, correlation and difference has a
+95 % interval (`aspo.rewards.intervals`). The figures go to analysis.json, the distributions to analysis.png.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from aspo import shards
 from aspo.lazy import Lazy
 from aspo.model import load_model
 from aspo.resume import write_json
-from aspo.rewards.calibrate import Answered, Panel, answer_rows, histogram, judged_scores, load_verifier
+from aspo.rewards.calibrate import Answered, Panel, answer_rows, histogram, load_verifier
+from aspo.rewards.intervals import Judged, Statistic, auc_of, correlation_of, interval, resampled
 from aspo.rewards.token_scores import begin
-from aspo.rewards.verifier import Verifier, auc, compare_towers, ranks
+from aspo.rewards.verifier import Verifier, compare_towers
 from aspo.scores import score_rows
 from aspo.sentences import split_sentences
 from aspo.validate import response_text
@@ -78,14 +82,6 @@ def rouge_l(candidate: str, references: Sequence[str]) -> float:
     return best
 
 
-def correlation(x: Sequence[float], y: Sequence[float]) -> dict[str, float | None]:
-    """Pearson's and Spearman's correlation; None where one side does not vary."""
-    if len(x) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
-        return {"pearson": None, "spearman": None}
-    of_ranks = statistics.correlation(ranks(x).tolist(), ranks(y).tolist())
-    return {"pearson": statistics.correlation(x, y), "spearman": of_ranks}
-
-
 def references_of(row: Row) -> list[str]:
     """True texts about a row's image: `references`, `caption`, `chosen`, or the description of its `scene`."""
     if row.get("references"):
@@ -116,54 +112,106 @@ def sentence_truth(text: str, span: tuple[int, int], row: Row, words: Sequence[A
     return all(inside) if inside else None
 
 
-def analyse(rows: Sequence[Row], answers: Sequence[Answered], verifier: Verifier) -> tuple[dict[str, Any], list[Panel]]:
-    """The figures of one model's answers, and the panels that show their distributions."""
-    right_words, wrong_words = judged_scores(answers)
-    said = [(row, answer) for row, answer in zip(rows, answers, strict=True) if answer["text"].strip()]
-    made = [{**{k: row[k] for k in ("id", "prompt", "images")}, "chosen": answer["text"]} for row, answer in said]
-    right: list[float] = []
-    wrong: list[float] = []
-    per_answer: list[tuple[float, float, float, float]] = []  # word score, sentence score, BLEU, ROUGE-L
-    for (row, answer), scored in zip(said, score_rows(made, verifier.scorer, splitter=split_sentences), strict=True):
-        for span, value in zip(scored["chosen_sentences"], scored["chosen_similarity"], strict=True):
-            truth = sentence_truth(answer["text"], span, row, answer["words"])
-            if truth is not None:
-                (right if truth else wrong).append(value)
-        references, words = references_of(row), [word[3] for word in answer["words"]]
-        if references and words:
-            sentences = statistics.fmean(scored["chosen_similarity"])
-            text = answer["text"]
-            per_answer.append((statistics.fmean(words), sentences, bleu(text, references), rouge_l(text, references)))
-    by_word, by_sentence, of_bleu, of_rouge = zip(*per_answer, strict=True) if per_answer else ((),) * 4
+@dataclass(frozen=True)
+class Findings:
+    """What one model's answers say: `figures` for analysis.json, `panels` for analysis.png.
+
+    drawn: name -> (1 + R,) values of each figure that has an interval. Answers of two models to the same rows are
+    resampled alike, so that the difference of two such arrays has the paired interval.
+    """
+
+    figures: dict[str, Any]
+    panels: list[Panel]
+    drawn: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of one answer, the `number`-th: means over its words and its sentences, BLEU and ROUGE-L."""
+
+    number: int
+    words: float
+    sentences: float
+    bleu: float
+    rouge_l: float
+
+
+def analyse(rows: Sequence[Row], answers: Sequence[Answered], verifier: Verifier, seed: int = 0) -> Findings:
+    """The figures of one model's answers, their intervals over resamples of the answers, and the distributions."""
+    words = [(n, word[3], word[4]) for n, a in enumerate(answers) for word in a["words"] if word[4] is not None]
+    sentences, scored = _sentences(rows, answers, verifier)
+    wanted: dict[str, Statistic] = {"token_level": auc_of(words), "sentence_level": auc_of(sentences)}
+    of_bleu, of_rouge = [one.bleu for one in scored], [one.rouge_l for one in scored]
+    pairs = {
+        f"{level} and {metric}": ([one.number for one in scored], scores, values)
+        for level, scores in (
+            ("sentence scores", [one.sentences for one in scored]),
+            ("token scores", [one.words for one in scored]),
+        )
+        for metric, values in (("BLEU", of_bleu), ("ROUGE-L", of_rouge))
+    }
+    for name, of_pair in pairs.items():
+        wanted[f"{name}, pearson"] = correlation_of(*of_pair)
+        wanted[f"{name}, spearman"] = correlation_of(*of_pair, ranks=True)
+    drawn = resampled(wanted, len(answers), seed)
+    drawn["sentence_level - token_level"] = drawn["sentence_level"] - drawn["token_level"]
+    area = {name: interval(drawn[name]) for name in ("token_level", "sentence_level", "sentence_level - token_level")}
     figures = {
-        "answers": len(said),
-        "token_level": _level(right_words, wrong_words),
-        "sentence_level": _level(right, wrong),
-        "answers_with_reference": len(per_answer),
-        "bleu": statistics.fmean(of_bleu) if per_answer else None,
-        "rouge_l": statistics.fmean(of_rouge) if per_answer else None,
+        "answers": sum(bool(answer["text"].strip()) for answer in answers),
+        "token_level": {**_level(words), "auc": area["token_level"]},
+        "sentence_level": {**_level(sentences), "auc": area["sentence_level"]},
+        "auc_sentence_level_minus_token_level": area["sentence_level - token_level"],
+        "answers_with_reference": len(scored),
+        "bleu": statistics.fmean(of_bleu) if scored else None,
+        "rouge_l": statistics.fmean(of_rouge) if scored else None,
         "correlation": {
-            f"{level} and {metric}": correlation(scores, values)
-            for level, scores in (("sentence scores", by_sentence), ("token scores", by_word))
-            for metric, values in (("BLEU", of_bleu), ("ROUGE-L", of_rouge))
+            name: {kind: interval(drawn[f"{name}, {kind}"]) for kind in ("pearson", "spearman")} for name in pairs
         },
     }
-    panels: list[Panel] = [
-        (f"object words, AUC {auc(right_words, wrong_words):.3f}", {"right": right_words, "wrong": wrong_words}, {}),
-        (f"sentences, AUC {auc(right, wrong):.3f}", {"right": right, "wrong": wrong}, {}),
+    panels = [
+        _panel("object words", words, area["token_level"]),
+        _panel("sentences", sentences, area["sentence_level"]),
     ]
-    return figures, panels
+    return Findings(figures, panels, drawn)
 
 
-def _level(right: Sequence[float], wrong: Sequence[float]) -> dict[str, Any]:
-    area = auc(right, wrong)
+def _sentences(
+    rows: Sequence[Row], answers: Sequence[Answered], verifier: Verifier
+) -> tuple[list[Judged], list[Scored]]:
+    """The checkable sentences of the answers, and the answers that have object words and a reference."""
+    said = [n for n, answer in enumerate(answers) if answer["text"].strip()]
+    made = [{**{k: rows[n][k] for k in ("id", "prompt", "images")}, "chosen": answers[n]["text"]} for n in said]
+    judged: list[Judged] = []
+    of_answer: list[Scored] = []
+    for n, scored in zip(said, score_rows(made, verifier.scorer, splitter=split_sentences), strict=True):
+        row, text, words = rows[n], answers[n]["text"], answers[n]["words"]
+        for span, value in zip(scored["chosen_sentences"], scored["chosen_similarity"], strict=True):
+            truth = sentence_truth(text, span, row, words)
+            if truth is not None:
+                judged.append((n, value, truth))
+        if words and (references := references_of(row)):
+            of_words, of_sentences = (statistics.fmean(x) for x in ([w[3] for w in words], scored["chosen_similarity"]))
+            of_answer.append(Scored(n, of_words, of_sentences, bleu(text, references), rouge_l(text, references)))
+    return judged, of_answer
+
+
+def _values(judged: Sequence[Judged], right: bool) -> list[float]:
+    return [value for _, value, truth in judged if truth == right]
+
+
+def _level(judged: Sequence[Judged]) -> dict[str, Any]:
+    right, wrong = _values(judged, True), _values(judged, False)
     return {
         "right": len(right),
         "wrong": len(wrong),
         "mean_right": statistics.fmean(right) if right else None,
         "mean_wrong": statistics.fmean(wrong) if wrong else None,
-        "auc": None if math.isnan(area) else area,
     }
+
+
+def _panel(title: str, judged: Sequence[Judged], area: Mapping[str, float | None]) -> Panel:
+    value, low, high = ("-" if x is None else f"{x:.3f}" for x in (area["value"], area["low"], area["high"]))
+    return f"{title}, AUC {value} [{low}, {high}]", {k: _values(judged, k == "right") for k in ("right", "wrong")}, {}
 
 
 def run_analysis(args: argparse.Namespace) -> int:
@@ -195,11 +243,16 @@ def run_analysis(args: argparse.Namespace) -> int:
     def compare() -> dict[str, Any]:
         result: dict[str, Any] = {"scorer": args.scorer, "template": verifier.template, "rows": args.calibrate}
         panels: list[Panel] = []
+        drawn: dict[str, dict[str, np.ndarray]] = {}
         for name, (load, answers) in answered.items():
-            figures, drawn = analyse(rows, answers, verifier)
+            found = analyse(rows, answers, verifier, args.seed)
             source = args.model if name == "before" else args.after
-            result[name] = {"model": source, "image_tower": compare_towers(load()[0], verifier.scorer), **figures}
-            panels += [(f"{name}: {title}", series, marks) for title, series, marks in drawn]
+            result[name] = {"model": source, "image_tower": compare_towers(load()[0], verifier.scorer), **found.figures}
+            panels += [(f"{name}: {title}", series, marks) for title, series, marks in found.panels]
+            drawn[name] = found.drawn
+        if "after" in drawn:
+            before, after = drawn["before"], drawn["after"]
+            result["after_minus_before"] = {name: interval(after[name] - before[name]) for name in before}
         write_json(args.out / "analysis.json", result)
         histogram(args.out / "analysis.png", panels)
         return result
