@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from aspo.pairs.noise import NOISE_STEPS
 from aspo.world import load_clip, load_vlm
 from aspo.world.build import save_vlm
 from aspo.world.gates import answer_figures, answers, diffusion_noise, sentence_similarities, tower_features
@@ -28,7 +29,13 @@ SCENES, STEPS, BATCH, LEARNING_RATE = 4000, 120, 64, 5e-4
 
 
 def train_sighted(steps: int = STEPS, count: int = SCENES):  # type: ignore[no-untyped-def]
-    """(model, processor): the shipped model after `steps` on true descriptions of `count` uniform base scenes."""
+    """(model, processor): the shipped model after `steps` on true descriptions of `count` uniform base scenes.
+
+    Raises ValueError for fewer than one of either.
+    """
+    for name, value in (("steps", steps), ("count", count)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
     torch.manual_seed(0)
     model, processor = load_vlm()
     batch = list(islice(scenes("base", prior=None), count))
@@ -89,6 +96,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--noise-steps", type=int, nargs="*", default=[0, 500, 600, 700], help="to look at (0 = clear)")
     args = parser.parse_args()
+    for step in args.noise_steps:  # before minutes of training
+        if not 0 <= step < NOISE_STEPS:
+            parser.error(f"--noise-steps {step}: must be 0 to {NOISE_STEPS - 1}")
+    if args.out.is_file():
+        parser.error(f"--out {args.out} is a file; name a folder")
     torch.set_num_threads(1)
     if not (args.out / "config.json").is_file():
         model, processor = train_sighted()
