@@ -105,6 +105,11 @@ class Interrupt(TrainerCallback):
             signal.signal(number, handler)
         self._previous = {}
 
+    @property
+    def told(self) -> bool:
+        """Whether this process was told to stop; a loop without a Trainer, whose steps set `requested`, asks this."""
+        return self._told is not None
+
     def _handle(self, _signal: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._told is None:
@@ -115,7 +120,7 @@ class Interrupt(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        self.requested |= self._told is not None  # a signal during the sum counts at the next step
+        self.requested |= self.told  # a signal during the sum counts at the next step
         if args.world_size > 1:
             told = torch.tensor(int(self.requested), device=args.device)
             dist.all_reduce(told)

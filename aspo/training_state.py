@@ -34,17 +34,20 @@ def save_checkpoint(
     state: Any,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write `folder`/checkpoint-<number>, whole or not at all, and remove older ones. state: anything JSON can hold."""
+    """Write `folder`/checkpoint-<number>, whole or not at all, and remove older ones.
+
+    One of that number is replaced when the new one is complete. state: anything JSON can hold.
+    """
     target = folder / f"checkpoint-{number}"
     partial = target.with_name(target.name + ".part")
-    for stale in (partial, target):
-        shutil.rmtree(stale, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
     policy.save_pretrained(str(partial))
     kept = optimizer.state_dict()["state"]
     moments = {f"{index}.{name}": value for index, values in kept.items() for name, value in values.items()}
     for name, group in ((OPTIMIZER_FILE, moments), (TENSORS_FILE, dict(tensors or {}))):
         save_file({key: value.detach().cpu().contiguous() for key, value in group.items()}, partial / name)
     write_json(partial / STATE_FILE, state)
+    shutil.rmtree(target, ignore_errors=True)  # not before: it may be the only one there is
     partial.rename(target)
     for old in checkpoints(folder)[:-1]:
         shutil.rmtree(old)

@@ -3,6 +3,8 @@
 import aspo  # isort: skip  # noqa: F401  (first: it makes torchvision importable on a CPU torch)
 import argparse
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from aspo import cli
 from aspo.cli import Parser
 from aspo.data import load_rows
 from aspo.generation import Answer
@@ -20,7 +23,7 @@ from aspo.online.trainer import OnlineOptions, OnlineTrainer, round_prompts, rou
 from aspo.rewards.object_words import ObjectVocabulary
 from aspo.rewards.verifier import Calibration, Verifier
 from aspo.scorers import load_scorer
-from aspo.training_state import checkpoints
+from aspo.training_state import checkpoints, load_checkpoint, save_checkpoint
 from aspo_kernels import linear_token_kl
 from aspo_kernels.family.policy_gradient import clipped_policy_gradient, sampled_kl
 
@@ -302,6 +305,65 @@ def test_a_stopped_run_goes_on_to_the_same_weights(calibration, tmp_path, monkey
         assert all(name in figures for figures in history), name
     assert history[0]["kl/policy_ref"] == pytest.approx(0, abs=1e-6) and history[-1]["kl/policy_ref"] > 0
     load_model(stopped, device="cpu")  # an adapter with its processor, as `aspo train` leaves one
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_round_saves_and_stops(calibration, tmp_path, monkeypatch, capsys, number):
+    def run(out):
+        return cli.main(["online", *map(str, command(calibration, tmp_path / out, 3)), "--save-rounds", "10"])
+
+    assert run("whole") == 0
+    original = OnlineTrainer.run_round
+
+    def told(self, prompts):
+        if self.round == 1:
+            os.kill(os.getpid(), number)
+        return original(self, prompts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OnlineTrainer, "run_round", told)
+        assert run("out") == 130
+    assert "interrupted; run the same command again to go on" in capsys.readouterr().err
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+    assert run("out") == 0
+    weights = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("out", "whole")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_a_checkpoint_is_there_until_its_replacement_is(scorer, tmp_path, monkeypatch):
+    loop = trainer(scorer)
+    save_checkpoint(tmp_path, 3, loop.policy, loop.optimizer, "first")
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("aspo.training_state.save_file", killed)
+        save_checkpoint(tmp_path, 3, loop.policy, loop.optimizer, "second")
+    assert load_checkpoint(checkpoints(tmp_path)[-1], loop.policy, loop.optimizer)[0] == "first"
+    save_checkpoint(tmp_path, 3, loop.policy, loop.optimizer, "third")
+    assert load_checkpoint(checkpoints(tmp_path)[-1], loop.policy, loop.optimizer)[0] == "third"
+
+
+def test_a_round_is_saved_once(calibration, tmp_path, monkeypatch):
+    saved, scores = [], Verifier.scores
+
+    def counted(folder, number, *others):
+        saved.append(number)
+        save_checkpoint(folder, number, *others)
+
+    def second_fails(self, rows, answers):
+        if saved:
+            raise ValueError("row 'a': its similarity is not finite")
+        return scores(self, rows, answers)
+
+    monkeypatch.setattr("aspo.online.trainer.save_checkpoint", counted)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="not finite"):
+        patch.setattr(Verifier, "scores", second_fails)
+        online(*command(calibration, tmp_path, 2))
+    assert saved == [1]
+    online(*command(calibration, tmp_path, 2))
+    assert saved == [1, 2]
 
 
 def test_a_round_that_cannot_be_scored_costs_no_finished_one(calibration, tmp_path, monkeypatch):

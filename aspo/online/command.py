@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     write_json(args.out / RUN_FILE, {**record, "finished": False})
     with progress_bar() as bar, Interrupt() as interrupt:
         task = bar.add_task("rounds", total=options.rounds, completed=trainer.round)
-        while trainer.round < options.rounds and not interrupt.requested:
+        while trainer.round < options.rounds and not interrupt.told:
             try:
                 figures = trainer.run_round(round_prompts(rows, options, trainer.round))
             except Exception:
@@ -118,11 +118,11 @@ def run(args: argparse.Namespace) -> int:
             bar.console.print(round_line(figures))
             write_json(args.out / HISTORY_FILE, trainer.history)
             bar.advance(task)
-            if trainer.round % args.save_rounds == 0 or interrupt.requested:
+            if trainer.round % args.save_rounds == 0:
                 trainer.save(args.out)
+        trainer.save(args.out)
     if trainer.round < options.rounds:
         raise KeyboardInterrupt
-    trainer.save(args.out)
     trainer.save_final(args.out)
     write_json(args.out / RUN_FILE, {**record, "finished": True})
     print(f"{trainer.round} rounds done, adapter in {args.out}")

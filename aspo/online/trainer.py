@@ -108,6 +108,7 @@ class OnlineTrainer:
         self.device = self.head.weight.device
         self.round = 0
         self.stepped = False  # whether the round in hand has changed the policy
+        self.saved: Path | None = None  # the checkpoint of this round, or of the last one that has one
         self.history: list[dict[str, float]] = []
 
     # ---- one round ----
@@ -212,15 +213,17 @@ class OnlineTrainer:
     # ---- checkpoints ----
 
     def save(self, folder: Path) -> None:
-        """checkpoint-<round>: the adapter, the optimiser and the history; older ones are removed."""
-        state = {"round": self.round, "history": self.history}
-        save_checkpoint(folder, self.round, self.policy, self.optimizer, state)
+        """checkpoint-<round>: the adapter, the optimiser and the history, once a round; older ones are removed."""
+        if self.saved != (target := folder / f"checkpoint-{self.round}"):
+            state = {"round": self.round, "history": self.history}
+            save_checkpoint(folder, self.round, self.policy, self.optimizer, state)
+            self.saved = target
         write_json(folder / HISTORY_FILE, self.history)
 
     def load(self, checkpoint: Path) -> None:
         """Go on from a checkpoint of `save`, to the same bits."""
         state, _ = load_checkpoint(checkpoint, self.policy, self.optimizer)
-        self.round, self.history = state["round"], state["history"]
+        self.round, self.history, self.saved = state["round"], state["history"], checkpoint
 
     def save_final(self, folder: Path) -> None:
         """The adapter and the processor, as `aspo train` leaves them."""
