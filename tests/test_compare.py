@@ -25,9 +25,10 @@ from aspo.compare import notes as compare_notes
 from aspo.compare import work as compare_work
 from aspo.compare.files import write_all
 from aspo.compare.grid import candidates, choose, keeps_form, match_kl, next_rate
-from aspo.compare.plan import START, Scenes, System, budgeted, load_declared, make_run, systems_of
+from aspo.compare.outcome import analyse, judge
+from aspo.compare.plan import START, Scenes, System, budgeted, first_data, load_declared, make_run, systems_of
 from aspo.compare.statistics import Table, holm, interval, resampled, t_cdf, t_interval, t_quantile
-from aspo.compare.table import analyse, judge, markdown
+from aspo.compare.table import markdown
 from aspo.compare.work import answer_kl, is_done, read_counts
 from aspo.generation import Answer
 from aspo.model import load_model
@@ -392,7 +393,7 @@ def _fake_run(run, scenes=60):
                 "code": ["one"],
                 "settings": run.system.settings,
                 "seconds": {"train": 2.0},
-                "extra": {"kl": 1.0 + run.seed, "image_gap": 3.0},
+                "extra": {"kl": 1.0 + run.seed, "image_gap": 3.0 + (run.system.name == "ASPO") * (1 + run.seed % 2)},
                 "summary": {**_result(0.5, 0.0)["summary"], "tokens": tokens},
                 "seed": run.seed,
                 "scenes": scenes,
@@ -511,6 +512,9 @@ def test_the_table_says_what_was_declared_and_what_is_fair(tmp_path):
         runs[system.name] = [make_run(system, seed, declared.test, declared, tmp_path) for seed in range(4)]
         for run in runs[system.name]:
             _fake_run(run, scenes=800)
+    for planned in first_data(runs["ASPO"][0]):
+        planned.marker.parent.mkdir(exist_ok=True)
+        planned.marker.write_text('{"seconds": 7.0}')
     tables = {name: read_counts(of) for name, of in runs.items()}
     outcome = analyse(tables, runs, declared, resamples=500)
     first, second = outcome.verdicts
@@ -521,6 +525,9 @@ def test_the_table_says_what_was_declared_and_what_is_fair(tmp_path):
     assert outcome.fair == {START: True, "DPO": True, "ASPO": False}  # ASPO's answers are shorter
     assert outcome.form_kept == {START: 4, "DPO": 4, "ASPO": 1}
     assert outcome.extra["DPO"]["kl"].value == pytest.approx(2.5)
+    gap = outcome.extra_differences["ASPO"]["image_gap"]
+    assert gap.value == pytest.approx(1.5) and gap.low < 1.5 < gap.high and "DPO" not in outcome.extra_differences
+    assert outcome.data_seconds == 14.0  # pairs, which both share, and similarities
     write_all(outcome, tmp_path, {"$\\alpha$, and $": runs["DPO"]})
     seeds = (tmp_path / "seeds.csv").read_text().splitlines()
     lost = [line.split(",")[-1] for line in seeds if line.startswith("ASPO,")]

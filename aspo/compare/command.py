@@ -24,6 +24,7 @@ from typing import Any
 from aspo.compare.files import write_all
 from aspo.compare.grid import as_key, merged, run_grid, tries
 from aspo.compare.notes import not_given, note_opening, unlike
+from aspo.compare.outcome import analyse
 from aspo.compare.plan import (
     START,
     Declared,
@@ -34,7 +35,7 @@ from aspo.compare.plan import (
     make_run,
     systems_of,
 )
-from aspo.compare.table import analyse, markdown
+from aspo.compare.table import markdown
 from aspo.compare.work import is_done, read_counts, single_thread_environment, start_worker, task_name, work
 from aspo.recipes.command import Planned
 from aspo.recipes.recipe import require_known

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from aspo.compare.outcome import EXTRA, Outcome
 from aspo.compare.plan import Run
-from aspo.compare.table import EXTRA, Outcome, markdown
+from aspo.compare.statistics import Interval
+from aspo.compare.table import markdown
 from aspo.resume import write_json
 
 RECORD = (  # of an outcome, in table.json
@@ -18,9 +20,11 @@ RECORD = (  # of an outcome, in table.json
     "systems",
     "differences",
     "extra",
+    "extra_differences",
     "verdicts",
     "settings",
     "seconds",
+    "data_seconds",
     "failed",
     "form_kept",
     "smoke",
@@ -53,10 +57,14 @@ def write_csv(outcome: Outcome, path: Path) -> None:
             for figure in outcome.figures:
                 own = by[figure.name]
                 other = outcome.differences.get(name, {}).get(figure.name)
-                more = [other.value, other.low, other.high, other.p] if other else [""] * 4
-                writer.writerow([name, figure.name, own.value, own.low, own.high, *more])
+                writer.writerow([name, figure.name, own.value, own.low, own.high, *_difference(other)])
             for extra, own in outcome.extra[name].items():
-                writer.writerow([name, extra, own.value, own.low, own.high, *[""] * 4])
+                other = outcome.extra_differences.get(name, {}).get(extra)
+                writer.writerow([name, extra, own.value, own.low, own.high, *_difference(other)])
+
+
+def _difference(found: Interval | None) -> list[float | str]:
+    return [""] * 4 if found is None else [found.value, found.low, found.high, found.p]
 
 
 def write_seeds(outcome: Outcome, path: Path) -> None:

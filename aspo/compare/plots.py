@@ -12,8 +12,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from aspo.compare.outcome import Outcome
 from aspo.compare.plan import START, Run
-from aspo.compare.table import Outcome
 from aspo.compare.work import reward_history
 from aspo.evaluation.metrics import BY_NAME
 
