@@ -57,9 +57,9 @@ ONE_NEGATIVE = {"mdpo", "chip", "povid"}  # objectives that read one reading und
 
 
 def check_columns(objective_names: Sequence[str], options: Mapping[str, Any], rows: Any) -> None:
-    """ValueError where rows lack a column that one of the objectives lives on. Single rows may be without a value.
+    """ValueError where rows lack a column that one of the objectives lives on, or none has a value in it.
 
-    Of a stream the first row is looked at, of a list the first ROWS_TO_LOOK_AT.
+    Of a stream the first row is looked at, of a list the first ROWS_TO_LOOK_AT (all, as long as none has a value).
     """
     columns = getattr(rows, "column_names", None)
     if columns is None:
@@ -75,6 +75,20 @@ def check_columns(objective_names: Sequence[str], options: Mapping[str, Any], ro
     for name, column, maker in needed:
         if column not in columns:
             raise ValueError(f"{name} reads the column {column!r}, which the rows have not: make it with {maker}")
+        if hasattr(rows, "__len__") and not _has_a_value(rows, column):
+            raise ValueError(
+                f"{name} reads the column {column!r}, which is empty in all {len(rows)} rows: make it with {maker}"
+            )
+
+
+def _has_a_value(rows: Any, column: str) -> bool:
+    """Whether any row has something in a column of lists; ends at the first one.
+
+    No scores are a value: an answer may have no word that is scored.
+    """
+    alone = rows.select_columns([column]) if hasattr(rows, "select_columns") else rows
+    may_be_empty = column.endswith("_token_scores")
+    return any(row.get(column) is not None and (may_be_empty or len(row[column])) for row in alone)
 
 
 def check_unpaired(args: AspoConfig, train: Any, evaluation: Any) -> None:

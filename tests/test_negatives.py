@@ -257,11 +257,11 @@ def crop_boxes_of(row, image, count):
 
 def test_noise_has_the_schedules_mean_and_deviation_on_normalised_pixels():
     image = Image.new("RGB", (100, 100), (140, 128, 120))
-    options = Options("noise", 2, noise_step=300, pixel_mean=(0.5, 0.4, 0.6), pixel_std=(0.2, 0.1, 0.2))
+    options = Options("noise", 2, noise_step=700, pixel_mean=(0.5, 0.4, 0.6), pixel_std=(0.2, 0.1, 0.2))
     first, second = noised({"id": "a"}, image, options).images
     x = (np.asarray(first, dtype=np.float64) / 255 - options.pixel_mean) / options.pixel_std
     clean = (np.asarray(image, dtype=np.float64)[0, 0] / 255 - options.pixel_mean) / options.pixel_std
-    abar = 0.962  # of step 300, from the recipe
+    abar = 0.351  # of step 700, from the recipe; far enough from 1 that abar for its root would show
     np.testing.assert_allclose(x.mean((0, 1)), abar**0.5 * clean, atol=0.02)
     np.testing.assert_allclose(x.std((0, 1)), (1 - abar) ** 0.5, atol=0.03)
     assert np.abs(np.asarray(first, dtype=int) - np.asarray(second, dtype=int)).mean() > 1
@@ -409,6 +409,14 @@ def test_bad_input_is_one_line_and_loses_nothing(made, no_pictures, capsys):
     fails("it has negative_images already", method="crop", out="twice", **data_of(made, "kept"))
     next((made / "data" / "images").iterdir()).unlink()
     fails("no image file", method="crop", out="missing", **{})
+
+
+def test_a_run_that_gave_no_row_a_negative_says_so(made, capsys):
+    write_rows(made / "data", [{**row, "images": []} for row in tiny_rows(2)])
+    assert command(made, method="crop") == cli.USAGE
+    told = capsys.readouterr()
+    assert "kept without negatives 2: the row has no image" in told.out
+    assert "none of the 2 rows of" in told.err.strip().splitlines()[-1]
 
 
 def data_of(folder, name):

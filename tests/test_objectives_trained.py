@@ -2,6 +2,7 @@
 
 import warnings
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from aspo.data import Collator
 from aspo.model import load_model
 from aspo.prompts import encode_prompt, encode_response
 from aspo.reference.logp_cache import ReferenceCache
+from aspo.train import CHECKPOINTING
 from aspo.trainer import AspoTrainer
 from aspo_kernels import objectives
 
@@ -113,6 +115,23 @@ def test_a_step_is_the_same_plain_shared_packed_in_parts_and_in_micro_batches(ma
         same(plain, step(make(name, per_device_train_batch_size=1, gradient_accumulation_steps=4)))
 
 
+@pytest.mark.parametrize("shared_prefix", ["off", "on"])
+def test_checkpointing_forms_the_layers_again(make, shared_prefix):
+    """Equal gradients alone would not show an option that is not passed on."""
+    calls, steps = {}, {}
+    for again in (False, True):
+        trainer = make("dpo", shared_prefix=shared_prefix, **{CHECKPOINTING: again})
+        calls[again] = 0
+
+        def count(module, args, again=again):  # before it runs: torch stops where it has all it needs
+            calls[again] += 1
+
+        trainer.model.get_base_model().model.language_model.layers[0].mlp.register_forward_pre_hook(count)
+        steps[again] = step(trainer)
+    assert calls[True] == calls[False] + 1  # of the one forward pass that has a backward
+    same(steps[False], steps[True])
+
+
 @pytest.mark.parametrize("negatives", [1, 4, 16])
 def test_many_negatives_run_within_one_forward_budget(make, folder, negatives):
     """The tokens of a forward pass, and so its activations, do not grow with the negatives."""
@@ -146,6 +165,22 @@ def test_rows_without_what_an_objective_lives_on_are_refused(make, folder, name,
     rows = [{k: v for k, v in row.items() if k != missing} for row in rows_for(name, processor)]
     with pytest.raises(ValueError, match=message):
         make(name, rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "nothing"), [("misp", "negative_images", []), ("fisao", "chosen_token_scores", None)]
+)
+@pytest.mark.parametrize("kind", [list, datasets.Dataset.from_list])
+def test_a_column_that_is_empty_in_all_rows_is_refused(make, folder, name, column, nothing, kind):
+    _, processor = load_model(folder)
+    rows = [{**row, "images": None, column: nothing} for row in rows_for(name, processor)]
+    with pytest.raises(ValueError, match=f"'{column}', which is empty in all 4 rows"):
+        make(name, kind(rows))
+
+
+def test_answers_without_a_scored_word_are_no_empty_column(make, folder):
+    _, processor = load_model(folder)
+    make("fisao", [{**row, "chosen_token_scores": []} for row in rows_for("fisao", processor)])
 
 
 def test_the_reference_cannot_come_from_a_cache_where_its_distribution_is_read(make):

@@ -278,4 +278,6 @@ def run(args: argparse.Namespace) -> int:
     made = add_negatives(rows, out, options, scorer=scorer, pool=pool, device=resolve_device(device), engine=engine)
     if engine.processes.main:
         print(summary(made, out))
+    if not made["rows"]:
+        raise ValueError(f"none of the {len(rows)} rows of {args.data} got a negative; the list above says why")
     return 0
