@@ -42,7 +42,9 @@ def token_logps(
             backward pass, here or through another operation that kept them, is an error. Without effect under
             torch.compile, which plans memory itself.
         backend: "auto" (Triton on a GPU), "torch", "triton" or "reference".
-        validate: check targets' contents on an accelerator too (waits for the device).
+        validate: check targets' contents on an accelerator too (waits for the device). Without it, a target outside
+            [0, V) makes its token's log-probability and its row's gradient NaN there (with backend "torch", torch's own
+            device assertion stops the program).
 
     Returns:
         (N,) fp32, differentiable once in logits; the gradient has logits' dtype.

@@ -4,6 +4,8 @@ Axes: N tokens, M = R T rows of logits, V vocabulary. Row m is logits[m // T, m 
 Forward, one program per token: the sum of exp(u - shift) over the rivals, u = (z - z_y) / temperature (docs/math.md 1).
 Every lane keeps a shift of its own, max(0, its largest u): one exp per entry, no exchange between lanes before the end,
 no sum above V. Backward, one program per row: the gradients of all its tokens in a fixed order, no atomics.
+A target outside [0, V), which only the CPU looks for unasked, makes its token and its row's gradient NaN; nothing else
+is touched.
 """
 
 from __future__ import annotations
@@ -104,7 +106,8 @@ def _forward_kernel(
         row = tl.load(rows_ptr + n)
     z_ptr += (row // T) * stride_zr + (row % T) * stride_zt
     target = tl.load(targets_ptr + n)
-    z_target = tl.load(z_ptr + target * stride_zv).to(tl.float32)
+    exists = (target >= 0) & (target < V)
+    z_target = tl.load(z_ptr + target * stride_zv, mask=exists, other=float("nan")).to(tl.float32)
     shift = tl.zeros([BLOCK_V], tl.float32) + (z_target - z_target)  # NaN where the target's logit is not finite
     total = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, V, BLOCK_V):
@@ -160,7 +163,9 @@ def _backward_kernel(
     else:
         g_row = 0.0
         for k in range(first, last):
-            g_row += tl.load(grad_ptr + _token(order_ptr, k, HAS_ROWS)) * inv_temperature
+            n = _token(order_ptr, k, HAS_ROWS)
+            logp = tl.load(statistics_ptr + 2 * n + 1)
+            g_row += tl.load(grad_ptr + n) * inv_temperature + (logp - logp)  # one NaN makes the whole row NaN
         n = _token(order_ptr, first, HAS_ROWS)  # any token of the row serves as its reference
         z_target = tl.load(statistics_ptr + 2 * n)  # not from the logits: they may be overwritten below
         logp = tl.load(statistics_ptr + 2 * n + 1)
@@ -174,9 +179,10 @@ def _backward_kernel(
             n = _token(order_ptr, k, HAS_ROWS)
             target = tl.load(targets_ptr + n)
             logp = tl.load(statistics_ptr + 2 * n + 1)
-            d_target = 0.0
+            d_target = g_row - g_row
             for j in range(first, last):
                 other = _token(order_ptr, j, HAS_ROWS)
                 hit = tl.load(targets_ptr + other) == target
                 d_target += tl.load(grad_ptr + other) * inv_temperature * tl.where(hit, -_expm1(logp), -tl.exp(logp))
-            tl.store(d_ptr + target * stride_dv, d_target)  # which rounds to the gradient's dtype
+            exists = (target >= 0) & (target < V)  # else there is no such place in this row
+            tl.store(d_ptr + target * stride_dv, d_target, mask=exists)  # which rounds to the gradient's dtype

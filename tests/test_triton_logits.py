@@ -5,6 +5,8 @@ What every backend must do alike is tested in test_token_logps.
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -106,6 +108,38 @@ def test_offsets_beyond_an_int32(stride, device):
         assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
         assert ours[1].data_ptr() == logits.data_ptr()
         assert torch.equal(z, expected[1])
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Targets' contents are not looked at, as on a GPU."""
+    module = importlib.import_module("aspo_kernels.token_logps")
+    for name in ("check_targets", "check_finite_logps"):
+        monkeypatch.setattr(module, name, lambda *_: None)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("target", [-100, -1, 70, 2**40])
+@pytest.mark.parametrize("bad", [[0], [2], [4], [0, 1]], ids=str)
+@pytest.mark.parametrize("rows", [None, [0, 1, 1, 3, 4]], ids=["a row each", "rows shared"])
+def test_a_target_that_does_not_exist_makes_its_row_nan_and_touches_nothing_else(rows, bad, target, inplace, device):
+    """The rows before and after, and what lies around the logits in memory: two rows' length on either side."""
+    memory = torch.randn(9, 70, device=device, generator=torch.Generator(device).manual_seed(0))
+    memory_before, logits = memory.clone(), memory[2:7]
+    index = None if rows is None else torch.tensor(rows, device=device)
+    targets, g = torch.tensor([0, 69, 5, 7, 30], device=device), torch.linspace(-1, 2, 5, device=device)
+    expected = run(logits, index, targets, g)
+    targets[bad] = target
+    logps, d_logits = run(logits, index, targets, g, inplace_backward=inplace)
+    token = torch.isin(torch.arange(5), torch.tensor(bad))
+    row = torch.isin(torch.arange(5), torch.tensor([n if rows is None else rows[n] for n in bad]))
+    assert torch.equal(logps.isnan().cpu(), token)
+    assert torch.equal(d_logits.isnan().all(1).cpu(), row)
+    assert torch.equal(logps[~token], expected[0][~token])
+    assert torch.equal(d_logits[~row], expected[1][~row])
+    around = [0, 1, 7, 8] if inplace else slice(None)
+    assert torch.equal(memory[around], memory_before[around])
 
 
 # --- on a GPU ---
