@@ -5,6 +5,7 @@ Axes: B pairs, R = 2B rows of a batch, T padded length, H hidden size, N counted
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from collections.abc import Mapping, Sequence
@@ -57,7 +58,7 @@ class AspoTrainer(WholeCheckpoints, TokenBatches):
         train_dataset, eval_dataset: rows as `aspo.data` describes them (a datasets.Dataset or any sequence of dicts).
         processing_class: the model's processor, or its tokenizer where it reads text only.
         data_collator: other than `aspo.data.Collator(processing_class, args.max_length)`. What a Collator shares and
-            packs is set by args.
+            packs is set by args, on a copy: yours stays as it is.
         ref_model: a reference of your own. Default: the base model with the adapter off (LoRA), or a frozen copy of
             the model as it is given here (full fine-tuning).
 
@@ -104,11 +105,13 @@ class AspoTrainer(WholeCheckpoints, TokenBatches):
         output_head(model)  # refuses an adapter on the head before anything runs
         check_attention(model)
         if args.use_liger_kernel:
-            check_liger(model)
+            check_liger(model, args.device)
         if args.disable_dropout:
             disable_dropout(model)
         if self.ref_model is not None:
             self.ref_model.requires_grad_(False).eval()
+        if isinstance(data_collator, Collator):
+            data_collator = copy.copy(data_collator)  # what is set on it below is this trainer's own
         self._meters = {"train": Meters(), "eval": Meters()}
         self._falling = FallingRewards()
         self._finite = FiniteLosses()
@@ -188,7 +191,11 @@ class AspoTrainer(WholeCheckpoints, TokenBatches):
         self.ref_model = None
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's; a sharded model's step is settled here, where it is wrapped and no row is read yet."""
+        """Trainer's; a sharded model's step is settled here, where it is wrapped and no row is read yet.
+
+        Each training begins here, also that of another batch size: what one before it left unlogged is dropped.
+        """
+        self._meters["train"], self._falling, self._finite = Meters(), FallingRewards(), FiniteLosses()
         model, loader = super()._prepare_for_training(*args, **kwargs)
         if not self._settled:
             settle = self._settle_step
@@ -273,6 +280,12 @@ class AspoTrainer(WholeCheckpoints, TokenBatches):
             self._finite.note(self.state.global_step, inputs["ids"], loss)
             loss = loss * self.accelerator.num_processes  # whose gradients are averaged
         return (loss, {}) if return_outputs else loss
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Trainer's, which under DeepSpeed casts all floats to the model's type; right for the model's own inputs, but
+        log-probabilities, similarities and weights stay fp32."""
+        kept = {name: value.to(self.args.device) for name, value in inputs.items() if isinstance(value, Tensor)}
+        return {**super()._prepare_inputs(inputs), **kept}
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int | Tensor:
         """Pairs of the accumulation window, in all processes."""

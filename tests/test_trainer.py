@@ -6,6 +6,7 @@ import aspo  # noqa: F401  first: it makes torchvision importable on a CPU torch
 import contextlib
 import copy
 import math
+import types
 import warnings
 from pathlib import Path
 
@@ -416,6 +417,23 @@ def test_bf16_autocast(make):
     exact, _ = trainer.pair_losses(collated)
     error = (exact.logps - inputs.logps).abs().max()
     assert 1e-6 < error < 0.1  # autocast was on, and is close
+
+
+def test_deepspeed_rounds_the_models_inputs_alone(make, monkeypatch):
+    """It has Trainer cast a batch to half precision: cached log-probabilities and scores keep every bit."""
+    rows = [{**row, "sample_weight": 0.7 + n / 3} for n, row in enumerate(tiny_rows(3))]
+    trainer = make(rows, precompute_ref_log_probs=True, forward_tokens=160, alpha=0.5)
+    batch = trainer.data_collator(rows)
+    config = types.SimpleNamespace(hf_ds_config=types.SimpleNamespace(dtype=lambda: torch.bfloat16))
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", config)
+    trainer.is_deepspeed_enabled = True
+    prepared = trainer._prepare_inputs(batch)
+    assert prepared.keys() == batch.keys()
+    for name in ("ref_logps", "similarity", "sample_weight"):
+        assert torch.equal(prepared[name], batch[name]) and prepared[name].dtype == torch.float32
+        assert not torch.equal(batch[name].bfloat16().float(), batch[name])  # it would have been seen
+    assert prepared["model_inputs"]["pixel_values"].dtype == torch.bfloat16
+    assert all(part["model_inputs"]["pixel_values"].dtype == torch.bfloat16 for part in prepared["parts"])
 
 
 def test_activation_checkpointing_changes_no_gradient(make):
