@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraModel
 from torch import nn
@@ -141,8 +142,11 @@ def check_attention(model: nn.Module) -> None:
         )
 
 
-def check_liger(model: nn.Module) -> None:
-    """Raise where Liger's kernels would be left out without a word: no such package, model type or device."""
+def check_liger(model: nn.Module, device: torch.device) -> None:
+    """Raise where Liger's kernels would be left out without a word: no such package, model type or device.
+
+    device: where the model is trained, which it is not moved to yet.
+    """
     outer: Any = base_model(model)
     if not is_liger_kernel_available():
         raise ValueError("use_liger_kernel is on, but liger-kernel is not installed: pip install liger-kernel")
@@ -152,8 +156,8 @@ def check_liger(model: nn.Module) -> None:
         raise ValueError(
             f"Liger has no kernels for models of type {outer.config.model_type!r}: turn use_liger_kernel off"
         )
-    if outer.device.type == "cpu":
-        raise ValueError("use_liger_kernel is on, but Liger's kernels need a GPU and the model is on the CPU")
+    if device.type == "cpu":
+        raise ValueError("use_liger_kernel is on, but Liger's kernels need a GPU and the model is trained on the CPU")
 
 
 def disable_dropout(model: nn.Module) -> None:
