@@ -12,7 +12,7 @@ from strategies import Ragged, lean_layout, ragged_batches
 from torch import Tensor
 
 from aspo_kernels import SentenceLayout, objectives, reference
-from aspo_kernels.aspo import perplexity_scores, sentence_nll
+from aspo_kernels.aspo import length_ratio, perplexity_scores, sentence_nll
 from aspo_kernels.objectives import Inputs
 from aspo_kernels.segments import segment_minmax
 
@@ -286,6 +286,13 @@ def test_weights_and_ratios_keep_their_ranges(batch: Ragged, scale, alpha):
         weights = stats["sentence_weights"]
         assert (weights >= 0).all()
         assert (weights <= 1 + 1e-6).all()
+        every = weights.new_zeros(x.layout.num_sentences).index_put((x.layout.chosen_sentences,), weights)
+        ratio = x.pair(length_ratio(x, every, normalizer)[0])[0]
+        if normalizer == "none":
+            assert (ratio == 1).all()
+        else:
+            assert (ratio >= 0.5 - 1e-6).all()
+            assert (ratio <= 1 + 1e-6).all()
 
 
 # --- the `reward` normaliser ---
