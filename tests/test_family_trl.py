@@ -69,8 +69,10 @@ def outputs(x: Inputs, logps: torch.Tensor, **more: torch.Tensor) -> SimpleNames
     return SimpleNamespace(log_probs=logps, entropy=logps, mean_logits=logps, is_top1=logps > -1, **more)
 
 
-def trl_dpo(x: Inputs, loss_type: str | Mapping[str, float], beta: float, **settings: object) -> torch.Tensor:
-    """DPOTrainer._compute_loss; loss_type: one, or several with their weights."""
+def trl_dpo_step(
+    x: Inputs, loss_type: str | Mapping[str, float], beta: float, **settings: object
+) -> tuple[torch.Tensor, dict[str, list[float]]]:
+    """DPOTrainer._compute_loss and what it logs; loss_type: one, or several with their weights."""
     module = importlib.import_module("trl.trainer.dpo_trainer")
     weights = {loss_type: 1.0} if isinstance(loss_type, str) else loss_type
     defaults = {"f_divergence_type": "reverse_kl", "label_smoothing": 0.0, "use_weighting": False, "ld_alpha": None}
@@ -80,7 +82,12 @@ def trl_dpo(x: Inputs, loss_type: str | Mapping[str, float], beta: float, **sett
     chosen, rejected = sums(x.ref_logps, x).chunk(2)
     rows = {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
     rows |= dict.fromkeys(("input_ids", "attention_mask", "completion_mask"), counted(x))
-    return module.DPOTrainer._compute_loss(trainer, lambda **_: outputs(x, x.logps, **more), rows, False)
+    loss = module.DPOTrainer._compute_loss(trainer, lambda **_: outputs(x, x.logps, **more), rows, False)
+    return loss, trainer._metrics["train"]
+
+
+def trl_dpo(x: Inputs, loss_type: str | Mapping[str, float], beta: float, **settings: object) -> torch.Tensor:
+    return trl_dpo_step(x, loss_type, beta, **settings)[0]
 
 
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor, leaf: torch.Tensor, rtol: float = 1e-10) -> None:
@@ -94,7 +101,18 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor, leaf: torch.Tensor, rt
 @pytest.mark.parametrize(("name", "loss_type"), [("dpo", "sigmoid"), ("ipo", "ipo"), ("hinge", "hinge")])
 def test_dpo_and_its_nearest(name, loss_type, beta):
     x = inputs(pairs())
-    assert_same(objectives.get(name)(x, beta=beta).losses.mean(), trl_dpo(x, loss_type, beta), x.logps)
+    result = objectives.get(name)(x, beta=beta)
+    theirs, logged = trl_dpo_step(x, loss_type, beta)
+    assert_same(result.losses.mean(), theirs, x.logps)
+    for ours, name_there in {"chosen_rewards": "chosen", "rejected_rewards": "rejected", "margins": "margins"}.items():
+        assert float(result.stats[ours].mean()) == pytest.approx(logged[f"rewards/{name_there}"][0], abs=1e-10)
+
+
+def test_sft():
+    """Of one pair: TRL's `sft` is a mean over the batch's tokens, ours over its pairs."""
+    for i in pairs():
+        x = inputs([i])
+        assert_same(objectives.get("sft")(x).losses.mean(), trl_dpo(x, "sft", 0.3), x.logps)
 
 
 def test_label_smoothing():

@@ -255,6 +255,37 @@ def test_from_logits_is_the_same(case, temperature):
     same(from_logits, sentence_dpo_loss_from_logits(logits_leaf, case.layout, ref_logps=ref_logps, **options))
 
 
+def test_from_logits_with_given_weights_in_place(case):
+    """The weights that are given are those that are used, and a gradient written over the logits is the same one."""
+    weights = torch.tensor([0.0, 0.3, 2.0, 0.7, 1.0], dtype=torch.float64)
+    (hidden,) = leaves(case.hidden)
+    from_hidden = call(case, hidden, ref_head=case.ref_head, sentence_weights=weights)
+    from_hidden.loss.backward()
+    ref_logits = reference.logits(case.ref_hidden, case.ref_head)
+    for inplace in (False, True):
+        (leaf,) = leaves(case.hidden)
+        logits = reference.logits(leaf, case.head)
+        before = logits.detach().clone()
+        from_logits = sentence_dpo_loss_from_logits(
+            logits, case.layout, ref_logits=ref_logits, sentence_weights=weights, inplace_backward=inplace,
+            validate=True,
+        )  # fmt: skip
+        same(from_hidden, from_logits)
+        assert torch.equal(from_logits.sentence_weights, weights)
+        from_logits.loss.backward()
+        torch.testing.assert_close(leaf.grad, hidden.grad)
+        assert torch.equal(logits.detach(), before) != inplace, "the logits hold the gradient only where asked"
+
+
+def test_from_logits_validates_where_asked(case):
+    """A layout whose contents were broken after it was made."""
+    logits = reference.logits(case.hidden, case.head)
+    layout = dataclasses.replace(case.layout, padded_shape=None)
+    layout.group[0] = 7
+    with pytest.raises(ValueError, match="item 0 has 0 chosen responses"):
+        sentence_dpo_loss_from_logits(logits, layout, ref_logits=logits, validate=True)
+
+
 def test_the_reference_backend_is_the_same(case):
     same(call(case), call(case, backend="reference"))
 
@@ -371,6 +402,8 @@ def test_empty_responses_name_the_pair(row, name):
         ({"ref_hidden": torch.zeros(4, 3, 6)}, r"ref_hidden must be \(R, T, H\)|ref_hidden is \(4, 3, 6\)"),
         ({"similarity": torch.zeros(22)}, r"similarity must be floating point \(5,\)"),
         ({"similarity": torch.full((5,), math.inf)}, r"similarity\[0\] is inf"),
+        ({"sentence_weights": torch.zeros(22)}, r"sentence_weights must be \(5,\), one for each chosen sentence"),
+        ({"sentence_weights": torch.tensor([1, -0.5, 0, 0, 0])}, "sentence_weights holds -0.5; .* must be 0 or more"),
         ({"bias": torch.zeros(8).double()}, r"bias must be \(9,\)"),
     ],
 )
