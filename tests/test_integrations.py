@@ -77,6 +77,14 @@ def test_sentences_of_another_text_and_half_scored_batches_are_errors():
         labelled_layout(labels, processor.tokenizer, [None, None])
 
 
+def test_a_scored_sentence_without_a_token_of_its_own_is_an_error():
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("The cube is red.", add_special_tokens=False)["input_ids"]
+    labels = torch.tensor([[IGNORE_INDEX, *ids], [IGNORE_INDEX, *ids]])
+    with pytest.raises(ValueError, match="sentence 'h' has no token of its own in this tokenizer"):
+        labelled_layout(labels, tokenizer, [Scored([(0, 1), (1, 2), (2, 16)], [0.1, 0.2, 0.3])])
+
+
 def test_scored_rows_are_found_by_text_and_where_it_repeats_by_image():
     (row,) = tiny_rows(1)
     other = {**row, "images": [tiny_image("blue", (1, 1, 9, 9))], "chosen_similarity": [0.9] * 4}
@@ -128,6 +136,17 @@ def test_settings_refuse_what_the_objective_does_not_take():
         Settings.make("aspo", alpha=2.0)
     with pytest.raises(ValueError, match="unknown objective"):
         Settings.make("nope")
+    with pytest.raises(ValueError, match="wpo reads sharp_logps, which this plug-in does not make: use AspoTrainer"):
+        Settings.make("wpo")
+    with pytest.raises(ValueError, match="mdpo reads negative images, which this plug-in does not make"):
+        Settings.make("mdpo")
+    with pytest.raises(ValueError, match="weights='given' reads columns which this plug-in does not pass on"):
+        Settings.make("aspo", weights="given")
+    with pytest.raises(ValueError, match="rejected_side='aligned' reads columns which this plug-in does not pass on"):
+        Settings.make("aspo", rejected_side="aligned")
+    with pytest.raises(ValueError, match="not the whole step or data: give target='pair'"):
+        Settings.make("acpo")
+    assert Settings.make("acpo", target="pair").options == {"target": "pair"}
     assert Settings.make("aspo").needs_similarity and not Settings.make("aspo", alpha=0.0).needs_similarity
     assert not Settings.make({"dpo": 1.0, "sft": 0.1}).needs_similarity
 

@@ -284,6 +284,14 @@ def test_alternative_ids_of_another_length_are_refused(folder):
         Collator(processor)([row])
 
 
+def test_every_negative_image_needs_its_log_q(folder):
+    _, processor = load_model(folder)
+    row = {**rows_for("misp", processor)[1], "negative_log_q": [-1.0]}
+    assert len(row["negative_images"]) == 2
+    with pytest.raises(ValueError, match="negative_log_q has no value for its negative image 1: draw"):
+        Collator(processor)([row])
+
+
 def test_token_scores_weigh_the_reading_under_another_image_alike(folder):
     """CHiP weighs the chosen response's segments under both images."""
     _, processor = load_model(folder)
@@ -308,6 +316,8 @@ def test_kto_logs_a_window_of_good_answers_alone(make, folder):
 def test_kto_compares_with_an_answer_to_another_prompt():
     ask = [{"prompt": p, "completion": c} for p, c in (("a", "1"), ("a", "2"), ("b", "3"), ("b", "4"))]
     assert [row[KL_COLUMN] for row in with_others_responses(ask)] == ["4", "4", "2", "2"]
+    with pytest.raises(ValueError, match="it needs two rows in a forward pass"):
+        with_others_responses(ask[:1])
 
 
 def test_kto_stands_alone_and_its_evaluation_is_checked_before_training(make, folder, tmp_path):

@@ -11,7 +11,7 @@ trl = pytest.importorskip("trl", minversion="1.14")
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import CHAT_TEMPLATE, tiny_llava, tiny_rows
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
@@ -44,7 +44,9 @@ def conversational(rows):
 def make(folder, tmp_path):
     """make(trainer class, rows, ...) -> a trainer on a fresh copy of the tiny model."""
 
-    def build(cls, rows=None, eval_rows=None, lora=False, data_collator=None, model=None, dataset=None, **options):
+    def build(
+        cls, rows=None, eval_rows=None, lora=False, data_collator=None, model=None, dataset=None, peft=None, **options
+    ):
         config = AspoDPOConfig if cls is AspoDPOTrainer else trl.DPOConfig
         defaults = {"save_strategy": "no", "use_cpu": True, "bf16": False, "disable_tqdm": True, "report_to": "none"}
         defaults |= {"lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0.0, "logging_steps": 1}
@@ -56,7 +58,7 @@ def make(folder, tmp_path):
             train_dataset=Dataset.from_list(rows) if dataset is None else dataset,
             eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
             processing_class=AutoProcessor.from_pretrained(folder),
-            peft_config=LoraConfig(**LORA) if lora else None,
+            peft_config=LoraConfig(**LORA) if lora else peft,
             data_collator=data_collator,
         )
 
@@ -264,6 +266,8 @@ def test_the_rows_own_reference_logps_are_used(make):
         ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"torch_compile": True}, "torch_compile"),
+        ({"loss_type": "kto"}, "kto reads unpaired rows, which a DPOTrainer has not"),
+        ({"loss_type": "acpo", "objective_kwargs": {"target": "dataset"}}, "use target 'batch' or 'pair' here"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -289,6 +293,10 @@ def test_trainer_refuses_what_it_cannot_do(make, tmp_path):
         make(AspoDPOTrainer, rows, data_collator=lambda rows: rows)
     with pytest.raises(ValueError, match="AspoDPOConfig"):
         AspoDPOTrainer("nowhere", args=trl.DPOConfig(str(tmp_path), use_cpu=True, bf16=False))
+    with pytest.raises(ValueError, match="compute_metrics wants logits, which are never built"):
+        AspoDPOTrainer("nowhere", args=AspoDPOConfig(str(tmp_path), use_cpu=True, bf16=False), compute_metrics=len)
+    with pytest.raises(ValueError, match="PROMPT_TUNING puts tokens in front of the prompt"):
+        make(AspoDPOTrainer, rows, peft=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="nothing to predict"):
         make(AspoDPOTrainer, rows).predict(Dataset.from_list(rows))
 
