@@ -72,7 +72,7 @@ def head_logps(
                 chunk.weighted = chunk.z_y.new_zeros(part.stop - part.start, hidden.shape[1])
             chunk.exps = exps[part] if keep == "exps" else None
             if shard is not None:
-                share_targets(chunk, shard)  # first, or it would wait behind the sum
+                share_targets(chunk, vocabulary_start, shard)  # first, or it would wait behind the sum
             reduction = sum_weighted(before, shard)
             operand_dtype = ops.operand_dtype(hidden.dtype, keep == "exps") if row_grads or keep == "exps" else None
             for columns in vocabulary_slices(head.size, chunk.y.shape[0], tile_size(hidden)):

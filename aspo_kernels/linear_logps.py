@@ -59,7 +59,9 @@ def linear_logps(
         backend: "auto" | "torch" | "triton" | "reference" (full logits, for comparison).
         memory_budget: bytes that a trainable head may hold from forward to backward to spare a recompute; None =
             4 V H, the size of an fp32 gradient of the head. (Under torch.compile N's crossing of it is one recompile.)
-        validate: check targets' contents on an accelerator too (waits for the device).
+        validate: check targets' contents on an accelerator too (waits for the device). Without it a negative
+            target such as -100 gives NaN there, in its token's numbers and in every gradient that they reach; one of
+            V or more stops at torch's device assertion.
 
     Returns:
         (N,) fp32 log-probabilities, differentiable once in hidden, head, bias, A and B.
@@ -156,6 +158,8 @@ def policy_and_reference_logps(
     if memory_budget is not None and memory_budget < 0:
         raise ValueError(f"memory_budget is {memory_budget} bytes; it must not be negative")
     backend = check_backend(backend, hidden)
+    if vocabulary is not None:  # a process sees by the sign alone that nobody has such a target
+        targets = targets.masked_fill(targets >= vocabulary.size, -1)
     with torch.autocast(hidden.device.type, enabled=False):
         if lora_a is not None:
             hidden = torch.cat([hidden, scaling * (hidden @ lora_a.T)], 1)

@@ -85,7 +85,9 @@ def linear_stats(
         bias, logit_scale, softcap, temperature: z = cap(logit_scale * (x W^T + bias)) / temperature with
             cap(z) = softcap * tanh(z / softcap); bias is (V,), and -inf for a token that is masked.
         backend: "auto" | "torch" | "triton" | "reference" (full logits, for comparison).
-        validate: check targets' contents on an accelerator too (waits for the device).
+        validate: check targets' contents on an accelerator too (waits for the device). Without it a negative
+            target such as -100 gives NaN there, in its token's numbers and in every gradient that they reach; one of
+            V or more stops at torch's device assertion.
 
     Returns:
         LinearStats. logps, entropy and lse are differentiable once in hidden, head and bias; top1 is true where the

@@ -84,7 +84,9 @@ def linear_token_kl(
             cap(z) = softcap * tanh(z / softcap); each head has its own bias (V,), -inf for a token that is masked. A
             token that the policy masks and the reference does not makes the divergence inf.
         backend: "auto" | "torch" | "triton" | "reference" (full logits, for comparison).
-        validate: check targets' contents on an accelerator too (waits for the device).
+        validate: check targets' contents on an accelerator too (waits for the device). Without it a negative
+            target such as -100 gives NaN there, in its token's numbers and in every gradient that they reach; one of
+            V or more stops at torch's device assertion.
 
     Returns:
         TokenKL, kl and logps differentiable once in hidden, head and bias. kl is 0 where policy and reference agree;

@@ -21,10 +21,15 @@ def operand_dtype(dtype: torch.dtype, kept: bool) -> torch.dtype:
 
 
 def start(x: Tensor, y: Tensor, head: Head) -> Chunk:
-    """The targets' logits, which are the first shift; 0 where another process holds them.  (n, H), (n,)."""
+    """The targets' logits, which are the first shift; 0 where another process holds them.  (n, H), (n,).
+
+    NaN where a whole head does not have the target, such as -100: its index would wrap to another token's row.
+    """
     x, dtype = widen(x), statistics_dtype(x.dtype)
     z_y = (x.to(dtype) * head.rows(y).to(dtype)).sum(1)
     head.epilogue.apply_(z_y, None if head.bias is None else head.entries(head.bias, y).to(dtype))
+    if not head.sharded:
+        z_y.masked_fill_((y < 0) | (y >= head.size), float("nan"))
     return Chunk(x, y, z_y, torch.stack([z_y, torch.zeros_like(z_y)]))
 
 

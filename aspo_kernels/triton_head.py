@@ -28,11 +28,14 @@ CANDIDATE = "tile"  # or "fused": private, until a GPU has said which is faster 
 
 @triton.jit
 def _start_kernel(
-    x_ptr, rows_ptr, bias_ptr, z_ptr, sums_ptr,
-    stride_xn, stride_rn, N, H, logit_scale, softcap, temperature,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_H: tl.constexpr,
+    x_ptr, rows_ptr, bias_ptr, y_ptr, z_ptr, sums_ptr,
+    stride_xn, stride_rn, N, H, V, logit_scale, softcap, temperature,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SHARDED: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One program per token: z_y = x W[y] with the epilogue, which is the first shift; the sum starts at 0."""
+    """One program per token: z_y = x W[y] with the epilogue, which is the first shift; the sum starts at 0.
+
+    A whole head has every target's row: for a target outside [0, V), z_y is NaN.
+    """
     n = tl.program_id(0).to(tl.int64)
     products = tl.zeros([BLOCK_H], tl.float32)
     for h in range(0, H, BLOCK_H):
@@ -43,6 +46,9 @@ def _start_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + n).to(tl.float32)
     z, _ = logits(tl.sum(products), bias, logit_scale, softcap, temperature, HAS_SOFTCAP)
+    if not SHARDED:
+        y = tl.load(y_ptr + n)
+        z = tl.where((y >= 0) & (y < V), z, float("nan"))
     tl.store(z_ptr + n, z)
     tl.store(sums_ptr + n, z)
     tl.store(sums_ptr + N + n, 0.0)
@@ -183,9 +189,9 @@ def start(x: Tensor, y: Tensor, head: Head) -> Chunk:
     sums = x.new_empty(2, y.shape[0], dtype=torch.float32)
     chunk = Chunk(x, y, torch.empty_like(sums[0]), sums)
     _start_kernel[y.shape](
-        x, rows, bias, chunk.z_y, chunk.sums, x.stride(0), rows.stride(0), y.shape[0], x.shape[1],
+        x, rows, bias, y, chunk.z_y, chunk.sums, x.stride(0), rows.stride(0), y.shape[0], x.shape[1], head.size,
         *scalars(head.epilogue), HAS_BIAS=bias is not None, HAS_SOFTCAP=head.epilogue.softcap is not None,
-        BLOCK_H=1024, num_warps=4,
+        SHARDED=head.sharded, BLOCK_H=1024, num_warps=4,
     )  # fmt: skip
     return chunk
 

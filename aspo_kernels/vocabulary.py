@@ -104,9 +104,13 @@ def vocabulary_group(name: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def share_targets(chunk: Chunk, group: dist.ProcessGroup) -> None:
-    """Each target's logit from the process that holds its row (0 elsewhere) to all: the common first shift."""
+def share_targets(chunk: Chunk, start: int, group: dist.ProcessGroup) -> None:
+    """Each target's logit from the process that holds its row (0 elsewhere) to all: the common first shift.
+
+    start: the vocabulary's entry that is row 0 of this part of the head. NaN for a target below 0, which nobody holds.
+    """
     dist.all_reduce(chunk.z_y, group=group)
+    chunk.z_y.masked_fill_(chunk.y < -start, float("nan"))
     chunk.shift.copy_(chunk.z_y)
 
 

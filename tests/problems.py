@@ -6,8 +6,10 @@ gradients within 1.5x of the error of eager autograd in the operands' own dtype.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -107,3 +109,24 @@ def check(
     check_logps(problem, logps, **epilogue)
     assert [g is not None for g in gradients] == list(needs)
     check_gradients(problem, gradients, floor, **epilogue)
+
+
+def leave_targets_unchecked(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    """aspo_kernels.<module> does not look at what targets and results hold, as on a GPU."""
+    for name in ("check_targets", "check_finite_logps"):
+        monkeypatch.setattr(importlib.import_module(f"aspo_kernels.{module}"), name, lambda *_: None)
+
+
+def check_missing_targets(problem: Problem, function: Any, needs: tuple[bool, bool, bool], **options: Any) -> None:
+    """Tokens whose target is -100, unchecked: NaN, and so is every gradient they reach; the others keep their bits."""
+    expected, (expected_d_hidden, *_) = problem.run(function, needs=needs, **options)
+    bad = torch.zeros(problem.targets.shape, dtype=torch.bool)
+    bad[[2, -1]] = True
+    problem.targets[bad] = -100
+    got, (d_hidden, *of_head) = problem.run(function, needs=needs, **options)
+    assert torch.equal(got.isnan(), bad)
+    assert torch.equal(got[~bad], expected[~bad])
+    if d_hidden is not None:
+        assert d_hidden[bad].isnan().all()
+        assert torch.equal(d_hidden[~bad], expected_d_hidden[~bad])
+    assert all(gradient.isnan().all() for gradient in of_head if gradient is not None)

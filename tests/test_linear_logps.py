@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import EPILOGUES, SCHEDULES, Problem, check
+from problems import EPILOGUES, SCHEDULES, Problem, check, check_missing_targets, leave_targets_unchecked
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -179,7 +179,7 @@ def test_targets_at_the_edges_of_slices(schedule, small_tiles):
 @pytest.mark.parametrize("schedule", ["frozen", "stored", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_non_contiguous_operands(schedule, dtype, small_tiles):
-    """Views with strides, a transposed head, an expanded and a strided g give what their copies give, bit for bit."""
+    """Views with strides, a transposed head, an expanded and a strided g give what their copies give, to rounding."""
     problem = Problem(18, 140, 12, dtype)
     needs, budget = SCHEDULES[schedule]
     views = (
@@ -517,6 +517,14 @@ def arguments(**changes):
 def test_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         linear_logps(**arguments(**changes))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_target_that_nobody_looked_at_is_never_another_token(schedule, monkeypatch, small_tiles):
+    """-100 in an index is row V - 100."""
+    leave_targets_unchecked(monkeypatch, "linear_logps")
+    needs, budget = SCHEDULES[schedule]
+    check_missing_targets(Problem(20, 150, 12, torch.float32), linear_logps, needs, memory_budget=budget)
 
 
 def test_a_masked_target_is_an_error_but_a_masked_rival_is_none():

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 from accuracy import check_against_eager
-from problems import EPILOGUES, Problem
+from problems import EPILOGUES, Problem, check_missing_targets, leave_targets_unchecked
 from torch import Tensor
 
 from aspo_kernels import reference, tiles
@@ -281,6 +281,18 @@ def test_two_runs_give_the_same_bits(backend, device):
     ]
     assert torch.equal(runs[0][0], runs[1][0])
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("output", ["logps", "entropy", "lse"])
+def test_a_target_that_nobody_looked_at_is_never_another_token(output, backend, monkeypatch, device):
+    """-100 in an index is row V - 100."""
+    leave_targets_unchecked(monkeypatch, "linear_stats")
+
+    def one_output(*operands, **options):
+        return pick(output, linear_stats(*operands, backend=backend, **options))
+
+    check_missing_targets(Problem(20, 150, 12, torch.float32), one_output, NEEDS["trainable"], device=device)
 
 
 def test_double_backward_is_refused():

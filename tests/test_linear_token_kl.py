@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 from accuracy import check_against_eager
-from problems import EPILOGUES, Problem
+from problems import EPILOGUES, Problem, check_missing_targets, leave_targets_unchecked
 from torch import Tensor
 
 from aspo_kernels import reference, tiles
@@ -368,6 +368,22 @@ def test_two_runs_give_the_same_bits(backend, needs, device):
     first, second = (pair.run(pair.call(linear_token_kl, "mix"), **options) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True) if a is not None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("needs", ["frozen", "trainable"])
+@pytest.mark.parametrize("output", ["kl", "logps"])
+def test_a_target_that_nobody_looked_at_is_never_another_token(output, needs, backend, monkeypatch, device):
+    """-100 in an index is row V - 100."""
+    leave_targets_unchecked(monkeypatch, "linear_token_kl")
+    pair = Pair(20, 150, 12, torch.float32)
+
+    def one_output(hidden, head, targets, **options):
+        ref = [t if t is None else t.to(hidden) for t in (pair.ref_hidden, pair.ref_head, pair.ref_bias)]
+        out = linear_token_kl(hidden, ref[0], head, ref[1], targets, ref_bias=ref[2], backend=backend, **options)
+        return getattr(out, output)
+
+    check_missing_targets(pair, one_output, NEEDS[needs], device=device)
 
 
 @pytest.mark.parametrize("trainable", [False, True])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import EPILOGUES, SCHEDULES, Problem, check
+from problems import EPILOGUES, SCHEDULES, Problem, check, check_missing_targets, leave_targets_unchecked
 
 from aspo_kernels import linear_logps
 
@@ -163,6 +163,16 @@ def test_two_runs_give_the_same_bits(schedule, device):
     first, second = (problem.run(linear_logps, **options) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True) if a is not None)
+
+
+@pytest.mark.usefixtures("candidate", "poison")
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_target_that_nobody_looked_at_is_never_another_token(schedule, monkeypatch, device):
+    """-100 in an index is row V - 100."""
+    leave_targets_unchecked(monkeypatch, "linear_logps")
+    needs, budget = SCHEDULES[schedule]
+    options = {"memory_budget": budget, "backend": "triton", "device": device}
+    check_missing_targets(Problem(20, 150, 12, torch.float32), linear_logps, needs, **options)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from problems import EPILOGUES, SCHEDULES, Problem, check_gradients, check_logps
+from problems import EPILOGUES, SCHEDULES, Problem, check_gradients, check_logps, leave_targets_unchecked
 from ranks import Ranks
 from torch import Tensor
 
@@ -452,6 +452,24 @@ def run_validated(cuts: tuple[int, ...]) -> bool:
 
 def test_validate_passes_what_is_right(ranks):
     assert all(ranks.run(run_validated, CUTS[ranks.size]["even"]))
+
+
+def run_missing(cuts: tuple[int, ...], targets: list[int], schedule: str) -> tuple[Tensor, Tensor]:
+    problem = Problem(len(targets), cuts[-1], 4, torch.float32, bias=False)
+    problem.targets = torch.tensor(targets)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_targets_unchecked(patch, "linear_logps")
+        logps, (d_hidden, *_), _ = run_shard(problem, cuts, schedule)
+    return logps, d_hidden
+
+
+@pytest.mark.parametrize("schedule", ["frozen", "recompute"])
+def test_a_target_that_no_process_holds_and_nobody_looked_at_is_nan(ranks, schedule):
+    cuts = CUTS[ranks.size]["even"]
+    for logps, d_hidden in ranks.run(run_missing, cuts, [-100, 3, 150, 149, -1, 0], schedule):
+        nobodys = [True, False, True, False, True, False]
+        assert logps.isnan().tolist() == nobodys
+        assert d_hidden.isnan().all(1).tolist() == d_hidden.isnan().any(1).tolist() == nobodys
 
 
 def shard_errors() -> list[str]:
