@@ -6,6 +6,7 @@ fork milliseconds); several processes meet as torchrun's do. A fault is a functi
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -14,16 +15,15 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import forked
 import torch
 from safetensors.torch import load_file
 
 KILLED = -signal.SIGKILL
 SECONDS = 300  # after which a command counts as hanging
-PRELOAD = ["aspo.train", "aspo.reference.command", "aspo.scores", "tiny", "faults", "pytest"]
 Fault = Callable[[int], None]  # called with the process's rank before its command
 
 
@@ -55,8 +55,7 @@ class Command:
     """`aspo` with these arguments in `size` processes, which run already."""
 
     def __init__(self, argv: list[Any], folder: Path, size: int = 1, fault: Fault | None = None, **environment: str):
-        context = get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context = forked.context()
         folder.mkdir(parents=True, exist_ok=True)
         number = len(list(folder.iterdir()))
         self.printed = [folder / f"{number}-{rank}.txt" for rank in range(size)]
@@ -64,7 +63,8 @@ class Command:
             path.touch()
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
         meeting |= {"LOCAL_WORLD_SIZE": str(size)}
-        self.processes = []
+        self.processes: list[Any] = []
+        atexit.register(self.kill)  # a test that failed may have left one; multiprocessing would wait for it for ever
         for rank in range(size):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **meeting} if size > 1 else {}
             args = ([str(a) for a in argv], self.printed[rank], {**own, **environment}, fault, rank)

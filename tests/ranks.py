@@ -1,6 +1,6 @@
 """Processes that run one function side by side in a gloo group: what the tests of more than one process share.
 
-Forked from one process that has imported torch, and kept: importing takes seconds, a call milliseconds.
+Forked (`forked`), and kept: a group takes a second to meet, a call milliseconds.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import os
 import pickle
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing import get_context
 from typing import Any
 
+import forked
 import torch
 import torch.distributed as dist
 
@@ -24,10 +24,11 @@ CALL_SECONDS = 60  # after which the parent gives up on a call
 class Ranks:
     """`size` processes in one group; `run` calls a function of a test module in all of them."""
 
-    def __init__(self, size: int, preload: Sequence[str] = (), seconds: int = CALL_SECONDS):
-        self.size, self.preload, self.seconds = size, preload, seconds
+    def __init__(self, size: int, seconds: int = CALL_SECONDS):
+        self.size, self.seconds = size, seconds
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
+        self.folder: tempfile.TemporaryDirectory[str] | None = None  # where they meet
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """What function(*args, **kwargs) returned in each process, by rank. An exception or a hang in one fails it."""
@@ -54,11 +55,13 @@ class Ranks:
             process.kill()
             process.join()
         self._processes, self._pipes = [], []
+        if self.folder is not None:
+            self.folder.cleanup()
 
     def _start(self) -> None:
-        context = get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.tensor", "aspo_kernels", "pytest", *self.preload])
-        meeting_point = os.path.join(tempfile.mkdtemp(), "store")
+        context = forked.context()
+        self.folder = tempfile.TemporaryDirectory()
+        meeting_point = os.path.join(self.folder.name, "store")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(rank, self.size, meeting_point, theirs), daemon=True)
