@@ -42,7 +42,10 @@ class LoraOptions:
 def policy_and_reference(
     model: nn.Module, args: AspoConfig, ref_model: nn.Module | None, needs_reference: bool
 ) -> tuple[nn.Module, nn.Module | None]:
-    """The model to train, and the reference (None = the policy with its adapter off, or not needed)."""
+    """The model to train, and the reference (None = the policy with its adapter off, or not needed).
+
+    In full fine-tuning what is frozen stays frozen, unless all of it is (of the vision tower: with freeze_vision off).
+    """
     if isinstance(model, PeftModel):
         if not args.use_lora or not isinstance(model.base_model, LoraModel):
             kind = type(model.base_model).__name__
@@ -51,15 +54,37 @@ def policy_and_reference(
             )
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"the start model is an adapter that is trained already; to start from it, {MERGE}")
+        if needs_reference and ref_model is None:
+            _check_base_is_kept(model)
         return model, ref_model
     if args.use_lora:
         return add_lora(model, args), ref_model
     if needs_reference and ref_model is None:
         ref_model = _copy(model, args)
-    model.requires_grad_(True)
-    if args.freeze_vision and isinstance(vision := vision_tower(model), nn.Module):
-        vision.requires_grad_(False)
+    _let_train(model)  # merge_and_unload, for one, leaves all of it frozen
+    if isinstance(vision := vision_tower(model), nn.Module):
+        if args.freeze_vision:
+            vision.requires_grad_(False)
+        else:
+            _let_train(vision)
     return model, ref_model
+
+
+def _let_train(module: nn.Module) -> None:
+    if not any(p.requires_grad for p in module.parameters()):
+        module.requires_grad_(True)
+
+
+def _check_base_is_kept(model: PeftModel) -> None:
+    """ValueError where weights train that are still there, as trained, with the adapter off: the reference's own."""
+    of_adapter = ("lora_", "modules_to_save", "trainable_tokens")
+    base = [n for n, p in model.named_parameters() if p.requires_grad and not any(part in n for part in of_adapter)]
+    if base:
+        raise ValueError(
+            f"{len(base)} weights of the adapter's base model train too, {base[0]} for one (LoraConfig's bias?), and "
+            'the reference is that base: give LoraConfig bias="none", or pass ref_model, or set '
+            "precompute_ref_log_probs"
+        )
 
 
 def _copy(model: Any, args: AspoConfig) -> nn.Module:
