@@ -7,6 +7,7 @@ share their prefix) or for each response.
 
 from __future__ import annotations
 
+import itertools
 import random
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import has_length
 
 from aspo.even_batches import EvenStream, even, with_placeholders
 from aspo.folder import row_name
@@ -168,6 +170,28 @@ class LengthGroups(LengthGroupedSampler):
         self.generator.manual_seed(self.seed + epoch)
 
 
+class Passes(IterableDataset):
+    """The batches of a stream's loader, pass after pass without end: to Trainer one epoch.
+
+    Trainer counts the steps of a stream without a length over the whole run. Where a pass ended, it would leave the
+    gradient of an incomplete accumulation window to the next step, and it would go on after an interruption as if the
+    first pass had gone on. Ends where a pass has no batch.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in itertools.count():
+            self.loader.set_epoch(number)
+            empty = True
+            for batch in self.loader:
+                empty = False
+                yield batch
+            if empty:
+                return
+
+
 # ---- inside Trainer ----
 
 
@@ -190,11 +214,25 @@ class TokenBatches(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Trainer's, or with args.token_budget one of batches of that many tokens."""
         if self.args.token_budget is None or self.train_dataset is None:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+            if not isinstance(self.train_dataset, IterableDataset) or has_length(loader):
+                return loader
+            return DataLoader(Passes(loader), batch_size=None, collate_fn=lambda batch: batch)
         in_order = self.args.train_sampling_strategy == "sequential"
         batches = self._token_batches(self.train_dataset, None if in_order else self._data_seed)
         self._rows_per_batch = sum(map(len, batches.batches)) / max(len(batches), 1)
         return self._loader(self.train_dataset, batches)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
+        """Trainer's. Raises ValueError where a stream has ended before its last step."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if isinstance(self.train_dataset, IterableDataset) and len(batches) < num_batches:
+            raise ValueError(
+                f"train_dataset is a stream, and a pass over it gave no batch at step {self.state.global_step} of "
+                f"{self.state.max_steps}: give rows (with dataloader_drop_last a full batch for each process), a "
+                "stream that can be read more than once, or fewer max_steps"
+            )
+        return batches, items
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Trainer's, or with args.token_budget one of batches of that many tokens, the rows in order."""

@@ -216,11 +216,11 @@ def test_batches_of_tokens_are_shared_too(ranks, folder, tmp_path):
 
 
 def test_a_stream_is_shared_pass_after_pass(ranks, folder, tmp_path):
-    """Steps of 6 + 6, 1 + 6, 6 + 1 rows, by one process and by two, which are stopped in the second pass and go on."""
+    """Steps of 6 + 6, 1 + 6, 6 + 1 rows, by one process and by two, which go on from a checkpoint in the third pass."""
     options = {"gradient_accumulation_steps": 2, "max_steps": 7, "data": Stream(13)}
     out = str(tmp_path / "one")
     (expected,) = ranks[1].run(train, folder, out, per_device_train_batch_size=PAIRS, **options)
-    options |= {"per_device_train_batch_size": PAIRS // 2, "save_strategy": "steps", "save_steps": 2}
+    options |= {"per_device_train_batch_size": PAIRS // 2, "save_strategy": "steps", "save_steps": 4}
     ranks[2].run(train, folder, str(tmp_path / "two"), **options)
     resume = str(tmp_path / "two" / "checkpoint-4")
     assert_same(ranks[2].run(train, folder, str(tmp_path / "on"), resume=resume, **options), expected, "ddp")

@@ -14,6 +14,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainingArguments
 
 from aspo.lengths import row_lengths
@@ -269,7 +270,8 @@ def trainer(folder, rows, callbacks=(), **options):
         },
         **{"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4},
     }
-    made = Recorder(Model(), Arguments(**{**defaults, **options}), Rows(), rows, rows[:7], callbacks=list(callbacks))
+    held = rows[:7] if isinstance(rows, list) else None
+    made = Recorder(Model(), Arguments(**{**defaults, **options}), Rows(), rows, held, callbacks=list(callbacks))
     made.seen, made.evaluated = [], []
     return made
 
@@ -355,3 +357,82 @@ def test_the_row_that_exceeds_the_budget_is_named_by_its_id(tmp_path):
     rows = [*make_rows(3), {"id": "giant", "tokens": 400}]
     with pytest.raises(ValueError, match="row 'giant' alone takes 400 tokens of a token_budget of 100"):
         trainer(tmp_path, rows, token_budget=100).train()
+
+
+# ---- streams ----
+
+
+class Stream(IterableDataset):
+    """Rows without a length, each pass in another order; `readings`: passes that have rows."""
+
+    def __init__(self, count, readings=99):
+        self.count, self.readings, self.epoch = count, readings, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        return iter([{"id": i} for i in shuffled(self.count, str(self.epoch))] if self.epoch < self.readings else [])
+
+
+class Gradients(TrainerCallback):
+    """The gradient of each optimiser step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.seen.append(float(model.weight.grad))
+
+
+# dispatch_batches as AspoConfig has it: every process reads its rows.
+STREAMED = {
+    **{"per_device_train_batch_size": 2, "max_grad_norm": 0.0},
+    "accelerator_config": {"dispatch_batches": False},
+}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_streams_accumulation_goes_on_over_the_end_of_a_pass(tmp_path, workers):
+    """10 rows are 5 batches: the third step takes a pass's last batch and the next one's first."""
+    gradients = Gradients()
+    options = {**STREAMED, "dataloader_num_workers": workers, "max_steps": 7}
+    streamed = trainer(tmp_path, Stream(10), [gradients], **options)
+    streamed.train()
+    rows = [i for epoch in range(3) for i in shuffled(10, str(epoch))][:28]
+    assert streamed.seen == [(n // 2, rows[2 * n : 2 * n + 2], 4) for n in range(14)]
+    assert gradients.seen == [sum(rows[4 * n : 4 * n + 4]) / 4 + 1 for n in range(7)]
+    assert streamed.state.epoch == 1.0
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_resumed_stream_goes_on_where_it_was(tmp_path, accumulation):
+    options = {**STREAMED, "gradient_accumulation_steps": accumulation, "max_steps": 12 // accumulation}
+    whole = trainer(tmp_path / "whole", Stream(9), **options)
+    whole.train()
+    for stop in range(2, options["max_steps"], 5 // accumulation):
+        folder = tmp_path / f"stopped-{stop}"
+        stopped = trainer(folder, Stream(9), [StopAt(stop)], **options)
+        stopped.train()
+        resumed = trainer(folder, Stream(9), **options)
+        resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{stop}"))
+        assert resumed.seen and stopped.seen + resumed.seen == whole.seen
+        assert torch.equal(resumed.model.weight, whole.model.weight)
+
+
+def test_a_stream_that_ends_too_early_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="a pass over it gave no batch at step 0 of 3: give rows"):
+        trainer(tmp_path, Stream(0), **STREAMED, max_steps=3).train()
+    with pytest.raises(ValueError, match="a pass over it gave no batch at step 3 of 4: give rows"):
+        trainer(tmp_path, Stream(6, readings=2), **STREAMED, max_steps=4).train()
+    enough = trainer(tmp_path, Stream(8, readings=1), **STREAMED, max_steps=2)
+    enough.train()
+    assert enough.state.global_step == 2
+
+
+def test_a_stream_of_datasets_is_shuffled_anew_in_each_pass(tmp_path):
+    rows = Dataset.from_list([{"id": i} for i in range(8)]).to_iterable_dataset().shuffle(seed=3, buffer_size=8)
+    streamed = trainer(tmp_path, rows, **STREAMED, max_steps=4)
+    streamed.train()
+    first, second = ([i for _, ids, _ in streamed.seen[n : n + 4] for i in ids] for n in (0, 4))
+    assert sorted(first) == sorted(second) == list(range(8)) and first != second
