@@ -35,6 +35,8 @@ UNSUPPORTED = {
     "label_names": "the collator fixes what the loss reads",
     "bf16_full_eval": "it would convert the policy but not its reference; use bf16",
     "fp16_full_eval": "it would convert the policy but not its reference; use fp16",
+    "include_for_metrics": "evaluation takes no compute_metrics; the loss and rewards are logged without",
+    "batch_eval_metrics": "evaluation takes no compute_metrics; the loss and rewards are logged without",
     "logging_nan_inf_filter": "a loss that is not finite ends the run; leave it off",
     "parallelism_config": "the trainer is parallel over pairs; a sequence or a vocabulary is cut by the functions of "
     "docs/parallel.md",

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import jinja2
 from PIL import Image
 from torch import Tensor
 
@@ -41,7 +42,7 @@ def encode_prompt(processor: Any, prompt: str | Sequence[Mapping[str, Any]], ima
 
     Raises:
         ValueError: marks and images differ in number; images for a text-only tokenizer; an empty prompt; a prompt that
-            ends with an assistant message; a template that leaves out responses.
+            ends with an assistant message; a template that leaves out responses, or refuses the messages.
     """
     tokenizer = tokenizer_of(processor)
     if images and not hasattr(processor, "image_processor"):
@@ -68,9 +69,9 @@ def encode_prompt(processor: Any, prompt: str | Sequence[Mapping[str, Any]], ima
         if processor is tokenizer:
             messages = [{**m, "content": "".join(part["text"] for part in m["content"])} for m in messages]
         answer = {"role": "assistant", "content": _PROBE if processor is tokenizer else [_text_part(_PROBE)]}
-        render = {"tokenize": False, "chat_template": template if isinstance(template, str) else None}
-        text = processor.apply_chat_template(messages, add_generation_prompt=True, **render)
-        before, probe, end = processor.apply_chat_template([*messages, answer], **render).partition(_PROBE)
+        given = template if isinstance(template, str) else None
+        text = _rendered(processor, messages, chat_template=given, add_generation_prompt=True)
+        before, probe, end = _rendered(processor, [*messages, answer], chat_template=given).partition(_PROBE)
         if not probe:
             raise ValueError("the chat template leaves out the assistant's message; training needs a template with it")
         lead = before.removeprefix(text) if before.startswith(text) else ""
@@ -78,6 +79,16 @@ def encode_prompt(processor: Any, prompt: str | Sequence[Mapping[str, Any]], ima
     bos = tokenizer.bos_token
     writes_bos = bool(bos and text.startswith(bos)) or (processor is tokenizer and template is not None)
     return Prompt(text, lead, end, add_special_tokens=not writes_bos)
+
+
+def _rendered(processor: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """What the chat template makes of the messages. Raises ValueError with its own words where it refuses them."""
+    try:
+        text: str = processor.apply_chat_template(messages, tokenize=False, **options)
+    except jinja2.TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"the chat template refuses messages of {roles}: {error}; change the prompt") from error
+    return text
 
 
 def encode_response(
@@ -179,6 +190,8 @@ def _messages(prompt: str | Sequence[Mapping[str, Any]], num_images: int) -> lis
         first["content"] = [{"type": "image"}] * num_images + first["content"]
     elif marks != num_images:
         raise ValueError(f"the prompt marks {marks} images but the row has {num_images}: make them equal")
+    for message in messages:
+        message["content"] = message["content"] or [_text_part("")]  # Gemma-3's template reads the first part's text
     return messages
 
 
