@@ -80,7 +80,9 @@ def run(groups: list[Group], bench: Bench, deadline: float, rows: list[Row], lef
                     print(_line(row), flush=True)
                 save()
             del found
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if results.failure(error) != "out of memory":
+                raise
             reason = "out of memory beside the contenders"
         left_out += [f"{group.label(work)}: {reason}" for work in todo]
         if bench.device == "cuda":

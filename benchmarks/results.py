@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 FOLDER = Path(__file__).parent / "results"
 
 
@@ -23,6 +25,17 @@ def write(path: Path, header: Mapping[str, str], rows: Sequence[Mapping[str, obj
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def failure(error: Exception) -> str:
+    """The status of a row whose figures an error took: "out of memory", or "failed: " and the error in one line.
+
+    Not only torch.OutOfMemoryError says so: Triton's loader raises a RuntimeError, and our checks quote their causes.
+    """
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text:
+        return "out of memory"
+    return f"failed: {text.splitlines()[0][:120]}"
 
 
 def read(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from benchmarks import model, oracle
+from benchmarks import model, oracle, results
 from benchmarks.cases import Case, Inputs
 from benchmarks.contenders import Contender, load
 from benchmarks.memory import device_extra_mib
@@ -86,13 +86,15 @@ def measure(group: Group, bench: Bench, seconds: float) -> Iterator[list[Row]]:
         size = {name: getattr(case, name) for name in ("tokens", "hidden", "vocabulary", "dtype", "logits")}
         same = {"model": group.model, **size, **dict(zip(("head", "work"), str(work).split(), strict=True))}
         alive = [c for c in contenders if checked[c.name]["status"] == "ran"]
-        times = _times(alive, given, bench, seconds) if group.timed else {}
+        times, failed = _times(alive, given, bench, seconds) if group.timed else ({}, {})
         mine = [statistics.median(times[c.name]) for c in alive if c.ours and c.name in times]
         rows: list[Row] = []
         for c in contenders:
             timed = _figures(c, case, work, times, bench) if c.name in times else {}
-            if group.timed and c in alive and not timed:
-                checked[c.name]["status"] = "out of memory when timed"
+            if c.name in failed:
+                checked[c.name]["status"] = f"{failed[c.name]} when timed"
+                if c.ours and failed[c.name] != "out of memory":
+                    checked[c.name]["check"] = "FAILED: when timed"
             if timed and mine:
                 timed["over_best_of_ours"] = round(statistics.median(times[c.name]) / min(mine), 3)
             rows.append({**same, "contender": c.name, **checked[c.name], **timed})
@@ -129,14 +131,9 @@ def check(contender: Contender, inputs: Inputs, sample: Sample, truth: Answer, a
         rows = [grads[0][sample.tokens], *(g[sample.entries] for g in grads[1:])]
         comparable = contender.per_token is not None or contender.weighted
         found = oracle.errors(Answer(contender.logps(inputs), *rows), truth) if comparable else {}
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return {"status": "out of memory", "check": "FAILED" if contender.ours else ""}
     except Exception as error:  # a peer that cannot do this case is shown as such; the others go on
-        if inputs.hidden.is_cuda:
-            torch.cuda.synchronize()  # raises if the error has broken the device for everybody
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        return {"status": f"failed: {reason}", "check": "FAILED" if contender.ours else ""}
+        _check_device(inputs)
+        return {"status": results.failure(error), "check": "FAILED" if contender.ours else ""}
     verdict = oracle.verdict(found, allowed) if comparable else "no per-token output"
     if contender.ours and not identical:
         verdict = f"two runs differ; {verdict}"
@@ -144,6 +141,13 @@ def check(contender: Contender, inputs: Inputs, sample: Sample, truth: Answer, a
         verdict = f"FAILED: {verdict}"
     digits = {name: float(f"{value:.3g}") for name, value in found.items()}
     return {"status": "ran", **extra, **digits, "identical": identical, "check": verdict}
+
+
+def _check_device(inputs: Inputs) -> None:
+    """After an error: raises if it has broken the device for everybody; else gives back what it left."""
+    if inputs.hidden.is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def _with_memory(step: Callable[[], list[torch.Tensor]], inputs: Inputs) -> tuple[list[torch.Tensor], Row]:
@@ -179,15 +183,20 @@ def bare_products(inputs: Inputs, wide: bool) -> dict[str, Callable[[], None]]:
     return {f"bare {name}{suffix}": run for name, run in (("z", z), ("dX", dx), ("dW", dw))}
 
 
-def _times(contenders: list[Contender], inputs: Inputs, bench: Bench, seconds: float) -> dict[str, list[float]]:
-    """ms of each contender and of the bare products; without those that run out of memory."""
-    failed: set[str] = set()
+def _times(
+    contenders: list[Contender], inputs: Inputs, bench: Bench, seconds: float
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """ms of each contender and of the bare products; and why some contenders, left out of it, have none."""
+    failed: dict[str, str] = {}
 
     def step(contender: Contender) -> None:
+        if contender.name in failed:
+            return
         try:
             contender.step(inputs)
-        except torch.OutOfMemoryError:
-            failed.add(contender.name)
+        except Exception as error:
+            _check_device(inputs)
+            failed[contender.name] = results.failure(error)
 
     runs: dict[str, Callable[[], object]] = {c.name: functools.partial(step, c) for c in contenders}
     bare = bare_products(inputs, wide=False)
@@ -196,7 +205,7 @@ def _times(contenders: list[Contender], inputs: Inputs, bench: Bench, seconds: f
     for run in bare.values():
         run()
     times = interleaved(runs | bare, bench.clock, bench.rounds, seconds, warm=True)
-    return {name: values for name, values in times.items() if name not in failed}
+    return {name: values for name, values in times.items() if name not in failed}, failed
 
 
 def _spread(times: list[float]) -> Row:

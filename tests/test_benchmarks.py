@@ -179,36 +179,53 @@ def test_one_group_end_to_end_and_what_the_time_leaves_out(capsys: pytest.Captur
     assert rows == [] and left_out[1:] == ["tiny N 6 fp32 random frozen policy+reference: no time left"]
 
 
-def out_of_memory_at(call: int) -> Contender:
-    """Eager PyTorch, until memory is short."""
+SHORT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+SHORT_TOO = RuntimeError("Triton Error [CUDA]: out of memory")  # what loading a kernel says
+UNLAUNCHED = RuntimeError("no such launch\nand more")
+
+
+def failing_at(call: int, error: Exception = SHORT, ours: bool = False) -> Contender:
+    """Eager PyTorch, until it meets an error."""
     calls = itertools.count(1)
 
     def per_token(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if next(calls) >= call:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return (hidden @ head.T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
-    return Contender(f"short at {call}", per_token)
+    return Contender(f"{error} at {call}", per_token, ours=ours)
 
 
 def test_one_contender_that_fails_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    contenders = [out_of_memory_at(2), out_of_memory_at(5), wrong("right"), wrong("crash"), out_of_memory_at(999)]
+    last = failing_at(999)
+    contenders = [failing_at(2), failing_at(5), failing_at(2, SHORT_TOO), failing_at(5, SHORT_TOO, ours=True)]
+    contenders += [
+        failing_at(5, UNLAUNCHED),
+        failing_at(6, UNLAUNCHED, ours=True),
+        wrong("right"),
+        wrong("crash"),
+        last,
+    ]
     monkeypatch.setattr(suite, "load", lambda *_: (contenders, {}))
-    bench = suite.Bench("cpu", Clock("cpu"), None, rounds=3, slack=2.0, left_out={"short at 999": "--without"})
+    bench = suite.Bench("cpu", Clock("cpu"), None, rounds=3, slack=2.0, left_out={last.name: "--without"})
     (rows,) = suite.measure(suite.Group("tiny", replace(tiny(), tokens=6), (Work(),)), bench, 60)
-    assert [r["status"] for r in rows][:5] == [
-        "out of memory",
-        "out of memory when timed",
-        "ran",
-        "failed: RuntimeError: no such kernel",
-        "left out: --without",
+    assert [(r["status"], r["check"]) for r in rows[:9]] == [
+        ("out of memory", ""),
+        ("out of memory when timed", "ok"),
+        ("out of memory", ""),
+        ("out of memory when timed", "ok"),
+        ("failed: RuntimeError: no such launch when timed", "ok"),
+        ("failed: RuntimeError: no such launch when timed", "FAILED: when timed"),
+        ("ran", "ok"),
+        ("failed: RuntimeError: no such kernel", "FAILED"),
+        ("left out: --without", ""),
     ]
     assert [r["contender"] for r in rows if "median_ms" in r] == ["right", "bare z", "bare dX", "bare dW"]
 
 
 def test_a_slow_peer_is_not_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "PATIENCE_SECONDS", 0.0)
-    monkeypatch.setattr(suite, "load", lambda *_: ([wrong("right"), out_of_memory_at(999)], {}))
+    monkeypatch.setattr(suite, "load", lambda *_: ([wrong("right"), failing_at(999)], {}))
     bench = suite.Bench("cpu", Clock("cpu"), None, rounds=3, slack=2.0)
     first, second = suite.measure(suite.Group("tiny", replace(tiny(), tokens=6), (Work(), Work())), bench, 60)
     assert [r["status"] for r in first[:2]] == ["ran", "ran"]
