@@ -7,7 +7,8 @@ python -m benchmarks.gpu_step --smoke             tiny models on the CPU, writes
 
 Models are made on the device from the configurations in `benchmarks.step_cases`, one trainer at a time. The time that
 is left of --minutes after the steps is shared among the searches for the longest response; where it ends one before it
-has found a length that does not fit, the result says "at least".
+has found a length that does not fit, the result says "at least". The file is written again after every figure, and a
+contender that fails has its reason for a status: without the package trl, TRL's own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import gc
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,13 +63,14 @@ class Bench:
 
     def seconds(self, run: Callable[[], object]) -> float:
         """Of one call."""
-        self._synchronize()
+        self.synchronize()
         start = time.perf_counter()
         run()
-        self._synchronize()
+        self.synchronize()
         return time.perf_counter() - start
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
+        """Wait for the device; an error that one of its kernels made is raised here."""
         if self.device == "cuda":
             torch.cuda.synchronize()
 
@@ -92,20 +95,23 @@ def measure(contender: Contender, shape: Shape, bench: Bench) -> tuple[Row, list
 
 
 def longest(contender: Contender, shape: Shape, bench: Bench, seconds: float) -> Row:
-    """The longest response, in tokens, with which a step of one pair fits."""
+    """The longest response, in tokens, with which a step of one pair fits. seconds: with the making of the trainer."""
+    end = time.perf_counter() + seconds
     one = bench.trainer(contender, shape, Rows(shape, bench.first).take(1))
 
     def fits(length: int) -> bool:
         try:
             one.step(one.collate(Rows(shape, length).take(1)))
             return True
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if results.failure(error) != "out of memory":
+                raise
             return False
         finally:
             one.trainer.model_wrapped.zero_grad()
             free()
 
-    length, how = search(fits, bench.first, seconds)
+    length, how = search(fits, bench.first, end - time.perf_counter())
     return {"longest_response": length, "longest_is": how}
 
 
@@ -136,30 +142,37 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def compare(shape: Shape, bench: Bench, seconds: float) -> list[Row]:
-    """A row for each contender; all of it in about so many seconds, if the steps leave any."""
+def compare(shape: Shape, bench: Bench, seconds: float, rows: list[Row], save: Callable[[], None]) -> None:
+    """Adds a row for each contender, saving after each figure; all of it in about so many seconds, if the steps leave
+    any. What fails has its reason for a status; an error that has broken the device ends it."""
     end = time.perf_counter() + seconds
-    rows: list[Row] = []
+    mine: list[Row] = [{"model": shape.name, "contender": contender.name} for contender in COMPARED]
     expected: list[float] = []
-    for contender in COMPARED:
-        row: Row = {"model": shape.name, "contender": contender.name}
+    for contender, row in zip(COMPARED, mine, strict=True):
         rows.append(row)
         try:
             found, losses = measure(contender, shape, bench)
             expected = expected or losses
             row |= {**found, "loss_error": f"{loss_error(losses, expected):.1e}"}
-            if rows[0].get("step_s"):
-                row["trl_over_this"] = round(float(str(rows[0]["step_s"])) / float(str(row["step_s"])), 2)
-        except torch.OutOfMemoryError:
-            row["status"] = "out of memory"
+            if mine[0].get("step_s"):
+                row["trl_over_this"] = round(float(str(mine[0]["step_s"])) / float(str(row["step_s"])), 2)
+        except Exception as error:  # a missing package, a model that cannot do this, no memory: the others go on
+            row["status"] = results.failure(error)
+            bench.synchronize()  # raises if the error has broken the device for everybody
         free()
+        save()
         print("  " + ", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    searched = [pair for pair in zip(COMPARED, rows, strict=True) if "precompute_ref_log_probs" not in pair[0].options]
+    ran = [pair for pair in zip(COMPARED, mine, strict=True) if pair[1]["status"] == "ran"]
+    searched = [pair for pair in ran if "precompute_ref_log_probs" not in pair[0].options]
     for left, (contender, row) in zip(range(len(searched), 0, -1), searched, strict=True):
-        row |= longest(contender, shape, bench, (end - time.perf_counter()) / left)
+        try:
+            row |= longest(contender, shape, bench, (end - time.perf_counter()) / left)
+        except Exception as error:
+            row["longest_is"] = results.failure(error)
+            bench.synchronize()
         free()
-        print(f"  {contender.name}: longest response {row['longest_is']} {row['longest_response']}", flush=True)
-    return rows
+        save()
+        print(f"  {contender.name}: longest response {row['longest_is']} {row.get('longest_response', '')}", flush=True)
 
 
 def main() -> None:
@@ -175,19 +188,22 @@ def main() -> None:
         parser.error("there is no GPU here; --smoke runs tiny models on the CPU")
     quiet()
     chosen = [shapes[name] for name in args.model or shapes]
+    rows: list[Row] = []
     if args.smoke:
         for shape in chosen:
             print(shape.name)
-            compare(step_cases.tiny(shape), Bench("cpu", torch.float32, response=8, steps=1, first=8), seconds=8)
-        return
+            bench = Bench("cpu", torch.float32, response=8, steps=1, first=8)
+            compare(step_cases.tiny(shape), bench, seconds=8, rows=rows, save=lambda: None)
+        failed = [str(row["contender"]) for row in rows if "failed" in f"{row['status']} {row.get('longest_is')}"]
+        sys.exit(f"failed: {'; '.join(failed)}" if failed else 0)
     about = machine("cuda")
     print(", ".join(f"{key}: {value}" for key, value in about.items()))
-    rows: list[Row] = []
     end = time.perf_counter() + 60 * args.minutes
     for left, shape in zip(range(len(chosen), 0, -1), chosen, strict=True):
         print(shape.name)
-        rows += compare(shape, Bench(response=args.response), (end - time.perf_counter()) / left)
-        results.write(args.out, about, rows, FIELDS)
+        seconds = (end - time.perf_counter()) / left
+        bench = Bench(response=args.response)
+        compare(shape, bench, seconds, rows, save=lambda: results.write(args.out, about, rows, FIELDS))
     print(f"wrote {args.out}")
 
 

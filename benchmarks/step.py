@@ -27,9 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset
 from peft import LoraConfig
-from trl import DPOConfig, DPOTrainer
 
 from aspo.config import AspoConfig
 from aspo.policy import lora_targets
@@ -118,6 +116,9 @@ def stepper(contender: Contender, model: Any, processor: Any, rows: list[dict[st
         ours = {"loss_type": ["dpo"], "lora_r": LORA["r"], "lora_alpha": LORA["lora_alpha"]}
         args = AspoConfig(**ours | options)
         return Stepper(AspoTrainer(model, args, train_dataset=rows, processing_class=processor))
+    from datasets import Dataset  # here, so that ours run where TRL is not installed
+    from trl import DPOConfig, DPOTrainer
+
     lora = LoraConfig(**LORA, target_modules=lora_targets(model), task_type="CAUSAL_LM")
     data = Dataset.from_list(fresh(rows))
     theirs = DPOConfig(**options)

@@ -1,6 +1,9 @@
 """The benchmark of whole steps: equal work on both sides, its figures by hand, its table and plot."""
 
 import copy
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -99,3 +102,68 @@ def test_the_longest_that_fits_is_found_to_an_eighth(limit: int) -> None:
     length, how = gpu_step.search(lambda n: asked.append(n) or n < limit + 1, first=8, seconds=1e9)
     assert how == "the longest" and limit * 7 / 8 <= length <= limit and len(asked) < 20
     assert gpu_step.search(lambda n: True, first=8, seconds=-1) == (0, "at least")
+
+
+def test_a_contender_that_fails_keeps_the_others_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the timing or in the search for the longest response; every figure is saved as soon as it is there."""
+    failures = dict(zip((c.name for c in gpu_step.COMPARED), (ModuleNotFoundError("No module named 'trl'"), None,
+                        ValueError("is not exact: the model cannot run it (OutOfMemoryError: CUDA out of memory)"),
+                        None), strict=True))  # fmt: skip
+    names = list(failures)
+    assert names[:3] == [step.TRL, step.PLAIN, step.SHARED]
+
+    def measure(contender, *_):
+        if (error := failures[contender.name]) is not None:
+            raise error
+        return {"status": "ran", "step_s": 2.0}, [0.5, 0.25]
+
+    def longest(contender, *_):
+        raise RuntimeError("an illegal instruction")
+
+    monkeypatch.setattr(gpu_step, "measure", measure)
+    monkeypatch.setattr(gpu_step, "longest", longest)
+    rows, saved = [{"model": "an earlier one"}], []
+    save = lambda: saved.append([dict(row) for row in rows])  # noqa: E731
+    gpu_step.compare(TINY, gpu_step.Bench("cpu"), 60, rows, save)
+    assert [row["status"] for row in rows[1:]] == [
+        "failed: ModuleNotFoundError: No module named 'trl'", "ran", "out of memory", "ran"
+    ]  # fmt: skip
+    assert [row.get("longest_is") for row in rows[1:3]] == [None, "failed: RuntimeError: an illegal instruction"]
+    assert rows[2]["loss_error"] == "0.0e+00" and "trl_over_this" not in rows[2]
+    assert [len(rows) for rows in saved[:5]] == [2, 3, 4, 5, 5] and saved[-1] == rows
+
+
+class Limited:
+    """Stands for a trainer whose device holds responses of 20 tokens."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error, self.trainer = error, self
+        self.model_wrapped = torch.nn.Identity()
+
+    def collate(self, rows):
+        return rows[0]["chosen"][0]["content"].split()
+
+    def step(self, words) -> None:
+        if len(words) >= 20:
+            raise self.error
+
+
+def test_a_length_that_does_not_fit_is_found_by_whatever_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer's making counts: a search without time for a step has found nothing."""
+    bench = gpu_step.Bench("cpu", first=8)
+
+    def found(error: Exception, seconds: float = 60.0):
+        monkeypatch.setattr(gpu_step.Bench, "trainer", lambda *_: time.sleep(0.05) or Limited(error))
+        return gpu_step.longest(gpu_step.COMPARED[1], TINY, bench, seconds)
+
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Triton Error [CUDA]: out of memory")):
+        assert found(error) == {"longest_response": 20, "longest_is": "the longest"}
+    assert found(RuntimeError(), 0.05) == {"longest_response": 0, "longest_is": "at least"}
+    with pytest.raises(RuntimeError, match="illegal"):
+        found(RuntimeError("an illegal instruction"))
+
+
+def test_ours_can_be_measured_where_trl_is_not_installed() -> None:
+    """Nor is open_clip, whose weights no step of ours reads."""
+    absent = "import sys; sys.modules['trl'] = sys.modules['open_clip'] = None; import benchmarks.gpu_step"
+    subprocess.run([sys.executable, "-c", absent], check=True)

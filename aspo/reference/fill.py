@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from aspo.data import Collator
 from aspo.folder import row_name
 from aspo.model import response_logps
+from aspo.progress import progress_bar
 from aspo.prompts import named
 from aspo.reference.logp_cache import ReferenceCache, check_logps, split_by_row
 from aspo.reference.settings import reference_settings
-from aspo.scores import progress_bar
 
 SHARD_ROWS = 256  # what a kill loses at most, in each process
 CHECKED_ROWS = 4
@@ -204,12 +204,14 @@ def cached_reference(
     autocast: torch.dtype | None = None,
     batch_size: int = 8,
     settings: Mapping[str, Any] | None = None,
+    as_it_was: bool = True,
 ) -> ReferenceCache:
     """A cache in `folder` with the log-probabilities of all rows: a sample checked, what it lacked computed.
 
     model: the reference; of a LoRA model its adapter is off. collator: whose responses and max_length count. Several
     processes share the work. settings: those of a model that is in shards by now, from when it was whole; such a model
-    computes nothing, as the processes would wait for each other at other batches.
+    computes nothing, as the processes would wait for each other at other batches. as_it_was: False where the
+    model was trained since `settings` were taken, which alone say then that the cache is its own: none is checked.
     Raises ValueError for rows that come as a stream, a cache of other settings, one that fails `check`, and one that
     lacks rows where it must be whole.
     """
@@ -225,7 +227,8 @@ def cached_reference(
                 f"{type(rows).__name__} is a stream, but precompute_ref_log_probs needs every row before training: "
                 "load the rows (aspo.data.load_rows), or turn it off"
             )
-        check(cache, rows, logps_fn)
+        if as_it_was:
+            check(cache, rows, logps_fn)
         state.wait_for_everyone()  # no process writes before all have read
         if not whole:
             if missing := cache.missing(rows):
