@@ -138,6 +138,7 @@ class AspoTrainer(WholeCheckpoints, TokenBatches):
             self._pair_tokens = dataset_pair_tokens(self.data_collator, train_dataset)
         self._own_reference = ref_model is not None
         self._whole_settings = None
+        self._goes_on = False
         if not is_sharded(self.accelerator):
             self._settle_step()
         elif args.precompute_ref_log_probs:  # the rest once the model is wrapped: before, no process can run it alone
@@ -187,16 +188,18 @@ class AspoTrainer(WholeCheckpoints, TokenBatches):
             autocast_dtype(self.accelerator),
             self.args.per_device_eval_batch_size,
             self._whole_settings,
+            as_it_was=not (self._goes_on and self.ref_model is None and not isinstance(self._policy, PeftModel)),
         )
         self.ref_model = None
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Trainer's; a sharded model's step is settled here, where it is wrapped and no row is read yet.
 
         Each training begins here, also that of another batch size: what one before it left unlogged is dropped.
         """
         self._meters["train"], self._falling, self._finite = Meters(), FallingRewards(), FiniteLosses()
-        model, loader = super()._prepare_for_training(*args, **kwargs)
+        model, loader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._goes_on = resume_from_checkpoint is not None  # with the checkpoint's weights, where they are in shards
         if not self._settled:
             settle = self._settle_step
             if self.ref_model is not None:

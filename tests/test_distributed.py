@@ -231,6 +231,20 @@ def test_a_sharded_model_does_not_fill_the_reference_cache(ranks, folder, tmp_pa
         ranks[2].run(train, folder, str(tmp_path), "fsdp", precompute_ref_log_probs=True)
 
 
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_a_sharded_model_goes_on_with_its_cached_reference(ranks, folder, tmp_path, use_lora):
+    """In full fine-tuning the weights are the checkpoint's when the cache is opened: no sample of it can be checked."""
+    options = {"use_lora": use_lora, "per_device_train_batch_size": 3, "max_steps": 1, "precompute_ref_log_probs": True}
+    options |= {"reference_cache": str(tmp_path / "cache")}
+    ranks[2].run(train, folder, str(tmp_path / "filled"), **options)
+    options |= {"max_steps": 8, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 4}
+    whole, _ = ranks[2].run(train, folder, str(tmp_path / "out"), "fsdp", **options)
+    resume = str(tmp_path / "out" / "checkpoint-4")
+    resumed, _ = ranks[2].run(train, folder, str(tmp_path / "on"), "fsdp", resume=resume, **options)
+    assert losses_of(resumed) == losses_of(whole) and len(losses_of(whole)) == 8
+    assert all(torch.equal(resumed["weights"][name], value) for name, value in whole["weights"].items())
+
+
 def test_log_probabilities_stay_fp32_where_fsdp_casts_outputs(ranks, folder, tmp_path):
     found = ranks[2].run(train, folder, str(tmp_path), "fsdp", bf16=True, max_steps=3, per_device_train_batch_size=3)
     chosen = [entry["logps/chosen"] for entry in found[0]["logs"] if "logps/chosen" in entry]
