@@ -288,11 +288,10 @@ def test_a_trained_models_noise_passes_and_its_leak_does_not(monkeypatch, dtype)
     chosen = "A narrow street climbs between two rows of plastered houses. A ginger cat sits on the sill."
     rejected = "The picture shows a busy street with yellow houses. A dog is sleeping in front of a shop."
     rows = [{"prompt": "Describe the picture. " * n, "chosen": chosen, "rejected": rejected} for n in (1, 4)]
-    for route in ("segments", "mask"):
-        with_route(model, route)
-        for shared, packed in MODES:
-            collator = Collator(tokenizer, shared_prefix=shared, padding_free=packed)
-            assert check_tree(model, collator, rows, route) is None
+    for route, shared, packed in (("segments", True, True), ("mask", True, False), ("mask", False, True)):
+        with_route(model, route)  # all six of them are tried on a tiny model
+        collator = Collator(tokenizer, shared_prefix=shared, padding_free=packed)
+        assert check_tree(model, collator, rows, route) is None
 
     def causal(model, tree, *_):
         return {"attention_mask": torch.ones(tree.shape[1], tree.shape[1]).tril().bool().expand(2, 1, -1, -1)}

@@ -206,17 +206,18 @@ def make_plan(
     images: tuple[int, int] = (1, 336),
     image_tokens: int = 576,
     work: Memory | None = None,
+    model: Any = None,
 ) -> Plan:
     """Plan a job.
 
     config: a transformers configuration. args.dtype: of the weights that are kept. step: of one GPU; its autocast is
-    mixed precision. images: of a pair, and their side in pixels. work: `step_work` of the same step, where it is known.
-    Raises ValueError for what the strategy cannot do.
+    mixed precision. images: of a pair, and their side in pixels. work: `step_work` of the same step, and model:
+    `meta_model(config, args)`, where they are known. Raises ValueError for what the strategy cannot do.
     """
     shards = check_shards(strategy, cluster, shards)
     if pairs < 1:
         raise ValueError(f"pairs is {pairs}; a job has at least 1")
-    model = meta_model(config, args)
+    model = meta_model(config, args) if model is None else model
     size = sizes(model, step.autocast)
     work = work or step_work(config, computing(args, step, strategy), step, images)
     if images[0] and not work.flops.vision:  # a tower that takes more than pixels, and was not run

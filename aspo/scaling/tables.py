@@ -13,6 +13,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from aspo.scaling.architectures import ARCHITECTURES, IMAGE_TOKENS
 from aspo.scaling.hardware import GPUS, Cluster
 from aspo.scaling.job import Plan, computing, make_plan, step_work
 from aspo.scaling.report import GB, GIB, lift
-from aspo.step_memory import Memory, Step
+from aspo.step_memory import Memory, Step, meta_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 PAIRS, TEXT, RESPONSE, A_GPU = 1_000_000, 64, 256, 2
@@ -48,6 +49,12 @@ def work(model: str, lora: bool, checkpointing: bool) -> Memory:
 
 
 @functools.cache
+def policy(model: str, lora: bool) -> Any:
+    """Without weights. Cached: adapters on 80 layers take a second to make, and there are dozens of plans."""
+    return meta_model(ARCHITECTURES[model][0](), settings(lora))
+
+
+@functools.cache
 def plan(
     model: str, lora: bool, gpus: int, strategy: str, checkpointing: bool, shards: int | None = None, gpu: str = GPU
 ) -> Plan:
@@ -55,7 +62,7 @@ def plan(
     config, pixels = ARCHITECTURES[model]
     return make_plan(
         config(), settings(lora), step(checkpointing), Cluster(GPUS[gpu], gpus), strategy, PAIRS, shards=shards,
-        images=(1, pixels), image_tokens=IMAGE_TOKENS, work=work(model, lora, checkpointing),
+        images=(1, pixels), image_tokens=IMAGE_TOKENS, work=work(model, lora, checkpointing), model=policy(model, lora),
     )  # fmt: skip
 
 
