@@ -33,6 +33,7 @@ from aspo.processes import inside
 from aspo_kernels import SentenceLayout, TokenKL, gather_hidden, linear_logps, linear_logps_pair, linear_token_kl
 
 ADAPTER_CONFIG = "adapter_config.json"
+NO_HEAD = "has no output head; load it with a ...ForConditionalGeneration or ...ForCausalLM class"
 MAX_HEAD_ERROR = 0.02  # of the largest logit: bf16 keeps 8 bits, a forgotten scale or softcap is far above
 
 
@@ -177,7 +178,7 @@ def trunk_hidden(model: nn.Module, model_inputs: Mapping[str, Any]) -> Tensor:
         return trunk(**model_inputs, use_cache=False, return_dict=True).last_hidden_state
     decoder = outer.get_decoder() if outer.get_output_embeddings() is not None else None
     if decoder is None or decoder is outer:
-        raise ValueError(f"{type(outer).__name__} has no output head; load it with a ...ForConditionalGeneration class")
+        raise ValueError(f"{type(outer).__name__} {NO_HEAD}")
     hidden: list[Tensor] = []
     handle = decoder.register_forward_hook(lambda _module, _inputs, output: hidden.append(output[0]))
     try:
@@ -247,9 +248,11 @@ def output_head(model: nn.Module) -> HeadParams:
             f"an adapter ({type(head).__name__}) sits on the output head, which is not supported: leave the head's "
             "name out of target_modules, modules_to_save and trainable_token_indices"
         )
-    weight = None if head is None else dict(head.named_parameters(recurse=False)).get("weight")
+    if head is None:
+        raise ValueError(f"{type(outer).__name__} {NO_HEAD}")
+    weight = dict(head.named_parameters(recurse=False)).get("weight")
     shape = () if weight is None else getattr(weight, "ds_shape", weight.shape)  # of a part: ZeRO-3's, of the whole
-    if head is None or len(shape) != 2:
+    if len(shape) != 2:
         raise ValueError(f"{type(outer).__name__}: its output head is {type(head).__name__}, not a linear layer")
     text = outer.config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0)  # Cohere multiplies its logits, Granite divides them

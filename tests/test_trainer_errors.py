@@ -77,3 +77,16 @@ def test_an_evaluation_of_no_pair(make):
     trainer = make(eval_rows=tiny_rows(3), dataloader_drop_last=True, per_device_eval_batch_size=4)
     with pytest.raises(ValueError, match="evaluation saw no pair: give more eval rows, or turn dataloader_drop_last"):
         trainer.evaluate()
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"logging_nan_inf_filter": True}, "a loss that is not finite ends the run; leave it off"),
+        ({"label_names": ["labels"]}, "the collator fixes what the loss reads"),
+        ({"fp16_full_eval": True}, "it would convert the policy but not its reference"),
+    ],
+)
+def test_options_of_trainers_that_would_not_be_followed(make, options, why):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}=.* is not supported: {why}"):
+        make(**options)
