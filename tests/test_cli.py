@@ -194,6 +194,8 @@ def test_yaml_and_flags_over_it(tmp_path):
         ("beta: [0.1", "run.yaml is no YAML"),
         ("- beta", "must hold `option: value` lines"),
         ("alpha: 0.3\nloss_type: dpo", "takes no option alpha"),
+        ("learning_rate:", "--learning_rate is null: give it a value, or leave it out"),
+        ("run_name: --boom", "run.yaml: --run_name is given '--boom', which reads as a flag, not as a value"),
     ],
 )
 def test_bad_yaml(tmp_path, text, message):

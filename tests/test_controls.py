@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import random
+import re
 
 import pytest
 import torch
@@ -68,6 +69,8 @@ def test_weights_are_those_of_their_kind():
         control_weights({**row, "chosen_similarity": None}, "shuffled", random.Random(0))
     with pytest.raises(ValueError, match="no scene"):
         control_weights({**row, "scene": None}, "truth", random.Random(0))
+    with pytest.raises(ValueError, match="has no chosen_sentences: run `aspo score` on the rows first"):
+        control_weights({**row, "chosen_sentences": None}, "truth", random.Random(0))
 
 
 def test_given_weights_of_the_similarity_are_aspo_s():
@@ -117,6 +120,21 @@ def test_similarities_are_weakened_to_the_auc_that_was_asked_for():
     for target in (0.5, 0.99):
         with pytest.raises(ValueError, match=r"must be above 0.5 and at most the rows' own, 0\.\d+"):
             controls.weakened(rows, target, 0)
+
+
+def test_an_auc_that_few_rows_cannot_have_is_told():
+    """Noise alone may tell the sentences of few rows apart by chance: no deviation brings them down to the target."""
+    rows = _rows(6)
+    told = []
+    for seed in range(40):
+        try:
+            controls.weakened(rows, 0.52, seed)
+        except ValueError as error:
+            told.append(str(error))
+    assert 0 < len(told) < 40
+    assert all(
+        re.fullmatch(r"--similarity-auc 0.52 was not met within 0.\d+ on 6 rows: give more rows", t) for t in told
+    )
 
 
 def test_images_under_noise_are_of_the_scene_and_the_seed():

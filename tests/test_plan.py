@@ -8,8 +8,9 @@ import shutil
 
 import pytest
 import torch
-from tiny import tiny_llava, tiny_rows
-from transformers import AutoConfig
+from families import family
+from tiny import IMAGE_TOKENS, tiny_llava, tiny_rows, tiny_tokenizer
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from aspo import cli, plan, step_memory, trust
 from aspo.config import AspoConfig
@@ -209,3 +210,42 @@ def test_a_jobs_pairs_are_not_a_batchs(folder, capsys):
     assert "--pairs wants --gpus, how many GPUs the job has; a batch's pairs" in capsys.readouterr().err
     assert cli.main([*command, "--per_device_train_batch_size", "0"]) == 2
     assert "--per_device_train_batch_size is 0" in capsys.readouterr().err
+
+
+def planned(capsys, *flags):
+    """What `aspo plan` says of two pairs, or why it refuses."""
+    code = cli.main(["plan", "--response-tokens", "40", *map(str, flags)])
+    said = capsys.readouterr()
+    assert code in (0, 2)
+    return said.err if code else said.out
+
+
+def test_the_image_size_changes_the_plan(tmp_path, capsys):
+    """Of a model that reads images at their own size: a token for each square of 10 pixels."""
+    for part in family("Qwen2.5-VL"):
+        part.save_pretrained(tmp_path)
+    for size, tokens in ((40, 16), (60, 36)):
+        assert f"({tokens} of images)" in planned(capsys, "--model", tmp_path, "--image-size", size)
+
+
+def test_the_prefix_changes_the_plan(folder, capsys):
+    prompt = ["--model", folder, "--prompt-tokens", "20"]
+    shared, apart = planned(capsys, *prompt), planned(capsys, *prompt, "--no_shared_prefix")
+    count = 2 * (20 + IMAGE_TOKENS)
+    assert f"tokens: {count + 160:,}; each response with its own prompt: {2 * count + 160:,} (sharing saves" in shared
+    assert f"tokens: {2 * count + 160:,}; " in apart and "sharing saves" not in apart
+
+
+def test_images_that_the_model_cannot_have(tmp_path, capsys):
+    refused = planned(capsys, "--model", "llava-1.5-7b", "--image-size", 448)
+    assert "--image-size is 448, but llava-1.5-7b is planned with 336 pixels" in refused
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=400, **small)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert "reads text only: pass --images 0" in planned(capsys, "--model", tmp_path)
+    assert "(0 of images)" in planned(capsys, "--model", tmp_path, "--images", 0)
+
+
+def test_how_many_gpus_share_a_copy_changes_the_plan(folder, capsys):
+    job = ["--model", folder, "--gpus", 16, "--bf16", "--pairs", 1000, "--strategy", "fsdp2", "--no_use_lora"]
+    assert "1/16 of it" in planned(capsys, *job) and "1/8 of it" in planned(capsys, *job, "--dp_shard_size", 8)
