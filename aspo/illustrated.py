@@ -8,7 +8,7 @@ place, with its positions.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from aspo.prompts import Prompt, tokenizer_of
+from aspo.prompts import Prompt, rendered, tokenizer_of
 from aspo.validate import IMAGE_PLACEHOLDER, image_marks, response_text
 
 _PROBE = "ASPOresponseASPO"
@@ -117,9 +117,8 @@ def _image_mark(processor: Any) -> str:
         {"role": "user", "content": [{"type": "text", "text": "?"}]},
         {"role": "assistant", "content": [probe, {"type": "image"}, probe]},
     ]
-    pieces = processor.apply_chat_template(
-        messages, tokenize=False, chat_template=template if isinstance(template, str) else None
-    ).split(_PROBE)
+    given = template if isinstance(template, str) else None
+    pieces = rendered(processor, messages, chat_template=given).split(_PROBE)
     if len(pieces) != 3 or not pieces[1].strip():
         raise ValueError("the chat template writes no image into an assistant's message: put images into the prompt")
     return pieces[1]

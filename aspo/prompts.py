@@ -70,8 +70,8 @@ def encode_prompt(processor: Any, prompt: str | Sequence[Mapping[str, Any]], ima
             messages = [{**m, "content": "".join(part["text"] for part in m["content"])} for m in messages]
         answer = {"role": "assistant", "content": _PROBE if processor is tokenizer else [_text_part(_PROBE)]}
         given = template if isinstance(template, str) else None
-        text = _rendered(processor, messages, chat_template=given, add_generation_prompt=True)
-        before, probe, end = _rendered(processor, [*messages, answer], chat_template=given).partition(_PROBE)
+        text = rendered(processor, messages, chat_template=given, add_generation_prompt=True)
+        before, probe, end = rendered(processor, [*messages, answer], chat_template=given).partition(_PROBE)
         if not probe:
             raise ValueError("the chat template leaves out the assistant's message; training needs a template with it")
         lead = before.removeprefix(text) if before.startswith(text) else ""
@@ -81,7 +81,7 @@ def encode_prompt(processor: Any, prompt: str | Sequence[Mapping[str, Any]], ima
     return Prompt(text, lead, end, add_special_tokens=not writes_bos)
 
 
-def _rendered(processor: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+def rendered(processor: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
     """What the chat template makes of the messages. Raises ValueError with its own words where it refuses them."""
     try:
         text: str = processor.apply_chat_template(messages, tokenize=False, **options)
