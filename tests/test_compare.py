@@ -476,6 +476,10 @@ def test_settings_must_be_chosen_and_one_works_at_a_time(tmp_path, work):
     (tmp_path / "chosen" / "declared.yaml").unlink()
     with pytest.raises(ValueError, match="choose settings with --grid first"):
         compare.run(arguments)
+    (tmp_path / "chosen" / "declared.yaml").write_text("- DPO\n")
+    with pytest.raises(ValueError, match=r"must hold `system: {setting: value}` lines"):
+        compare.run(arguments)
+    (tmp_path / "chosen" / "declared.yaml").unlink()
     arguments.quick, arguments.chosen = True, tmp_path / "other.yaml"
     with pytest.raises(ValueError, match="would not be read"):
         compare.run(arguments)
@@ -648,7 +652,16 @@ def test_flags_that_would_be_ignored_are_refused(tmp_path, work):
     ):
         with pytest.raises(ValueError, match=message):
             compare.run(_arguments(tmp_path, *more))
+    _declared(tmp_path, grid={"learning_rate": [1e-4]})
+    with pytest.raises(ValueError, match="grid needs learning_rate and seed"):
+        compare.run(_arguments(tmp_path, "--grid"))
     assert work.done == []
+
+
+def test_scenes_that_are_not_there_are_told(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Hello."}\n' * 3)
+    with pytest.raises(ValueError, match=r"rows\.jsonl has 1 rows behind the first 2, not 4"):
+        compare_work.scene_rows(Scenes(str(tmp_path / "rows.jsonl"), 4, skip=2))
 
 
 def test_a_name_that_no_recipe_has_is_told(tmp_path, work, capsys):

@@ -6,13 +6,13 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import sys
 import time
 
 import pytest
 import torch
 from accelerate import PartialState
+from forked import Port, launched
 from peft import LoraConfig, get_peft_model
 from tiny import CHAT_TEMPLATE, tiny_image, tiny_llava, tiny_processor, tiny_rows
 
@@ -335,6 +335,9 @@ def test_bad_log_probabilities_are_refused(loaded, settings, tmp_path, value):
         fill(cache, rows, broken)
     assert len(cache) == 0 and not list(tmp_path.glob("shard-*"))
     assert check_logps([torch.tensor([5e-7])])  # rounding of a sure token
+    for shapeless in (torch.zeros(0), torch.zeros(1, 3)):
+        with pytest.raises(ValueError, match=r"response 1: log-probabilities of shape .*; one a token is needed"):
+            check_logps([torch.zeros(2), shapeless])
 
 
 # ---- the check ----
@@ -504,30 +507,25 @@ def test_the_command(folder, data, loaded, settings, tmp_path, capsys):
 
 
 def run_as(rank, port, arguments, printed):
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= group | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "1",
-    }
+    os.environ |= launched(rank, 2, port) | {"ACCELERATE_USE_CPU": "1"}
     PartialState._reset_state()  # what the parent may have made
     with printed.open("w") as file, contextlib.redirect_stdout(file):
         sys.exit(cli.main(arguments))
 
 
 def test_two_processes_of_the_command(folder, data, loaded, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     arguments = command(folder, data, tmp_path / "cache", "--max_length", str(MAX_LENGTH))
     printed = [tmp_path / "0.txt", tmp_path / "1.txt"]
-    processes = [FORK.Process(target=run_as, args=(rank, port, arguments, printed[rank])) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(50)
-        process.kill()
+    with Port() as port:
+        processes = [FORK.Process(target=run_as, args=(rank, port, arguments, printed[rank])) for rank in (0, 1)]
+        for process in processes:
+            process.start()
+        end = time.monotonic() + 240  # for both, on a loaded machine
+        for process in processes:
+            process.join(max(0.1, end - time.monotonic()))
+        for process in processes:
+            process.kill()
+            process.join()
     assert [process.exitcode for process in processes] == [0, 0]
     text = printed[0].read_text()
     assert (
