@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
-from transformers import Trainer, TrainerState
+from transformers import Trainer
 
 from aspo.atomic import sync
 from aspo.processes import lost_peer
@@ -234,17 +234,24 @@ class WholeCheckpoints(Trainer):
         with written(folder, self.args.should_save), _not_in_shards(self.accelerator):
             super().save_model(output_dir)
 
-    def restore_finished(self, checkpoint: str) -> bool:
-        """Load a checkpoint if it is the last one of its run, and say whether it was.
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, or nothing behind the run's last step: from a checkpoint of it that is not at the end of an epoch
+        Trainer would go one step beyond. What ends a run (the best model is loaded) then still comes."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
 
-        `train` would go one step beyond the end from there, where that is not the end of an epoch.
-        """
-        state = TrainerState.load_from_json(os.path.join(checkpoint, STATE))
-        if state.global_step < state.max_steps:
-            return False
-        self._load_from_checkpoint(checkpoint)
-        self.state = state
-        return True
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, which with a save_total_limit of 1 leaves the best checkpoint alone: not of a run that was stopped
+        before its end, which goes on from the last one."""
+        limit = self.args.save_total_limit
+        if self.state.global_step < self.state.max_steps:
+            self.args.save_total_limit = None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's train; True goes on from the last *complete* checkpoint of output_dir, if all processes see it."""

@@ -205,12 +205,11 @@ def _train(config: AspoConfig, rows: Any, eval_rows: Any, record: dict[str, Any]
     trainer.accelerator.wait_for_everyone()  # all have read what was there before
     if is_main:
         write_json(record_path(config), record)
-    if checkpoint is None or not trainer.restore_finished(checkpoint):
-        with contextlib.closing(progress), Interrupt() as interrupt:
-            trainer.add_callback(interrupt)
-            trainer.train(resume_from_checkpoint=checkpoint)
-        if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
-            raise KeyboardInterrupt
+    with contextlib.closing(progress), Interrupt() as interrupt:
+        trainer.add_callback(interrupt)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt
     trainer.save_model()
     trainer.save_state()
     trainer.accelerator.wait_for_everyone()

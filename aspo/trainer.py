@@ -199,6 +199,7 @@ class AspoTrainer(WholeCheckpoints, TokenBatches):
         """
         self._meters["train"], self._falling, self._finite = Meters(), FallingRewards(), FiniteLosses()
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._first_step = self.state.global_step
         self._goes_on = resume_from_checkpoint is not None  # with the checkpoint's weights, where they are in shards
         if not self._settled:
             settle = self._settle_step
@@ -362,6 +363,8 @@ class AspoTrainer(WholeCheckpoints, TokenBatches):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with the window's means added to a training line."""
+        if "train_loss" in logs and self.state.global_step == self._first_step:
+            return  # of no step: the run was at its end
         if "loss" in logs:
             self._finite.check()
             logs = {**logs, **self._meters["train"].drain()}

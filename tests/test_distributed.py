@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
+from safetensors.torch import load_file
 from tiny import tiny_llava, tiny_rows
 
 from aspo.train import CHECKPOINTING
@@ -51,7 +52,7 @@ class Stream(torch.utils.data.IterableDataset):
 def train(folder: str, out: str, kind: str = "ddp", **options: Any) -> dict[str, Any]:
     """One training in this process, together with the others of its group: weights, losses and logs.
 
-    options: AspoConfig's, and data, ref (True: a reference of its own), resume.
+    options: AspoConfig's, and data, ref (True: a reference of its own), resume, save (a folder for the final model).
     """
     from accelerate import PartialState
     from accelerate.state import AcceleratorState, GradientState
@@ -67,7 +68,7 @@ def train(folder: str, out: str, kind: str = "ddp", **options: Any) -> dict[str,
     model, processor = load_model(folder, device="cpu")
     data = options.pop("data", None) or rows(37)
     ref_model = load_model(folder, device="cpu")[0] if options.pop("ref", False) else None
-    resume = options.pop("resume", None)
+    resume, save = options.pop("resume", None), options.pop("save", None)
     defaults = {"save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "report_to": "none"}
     if kind.startswith("zero"):
         defaults |= {"deepspeed": zero(int(kind[-1])), "ddp_backend": "gloo"}
@@ -75,6 +76,8 @@ def train(folder: str, out: str, kind: str = "ddp", **options: Any) -> dict[str,
     evaluates = {"eval_dataset": rows(5)} if "eval_strategy" in options else {}
     trainer = AspoTrainer(model, args, data, processing_class=processor, ref_model=ref_model, **evaluates)
     trainer.train(resume_from_checkpoint=resume)
+    if save is not None:
+        trainer.save_model(save)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}  # of shards: in the first process alone
     trained = {name for name, p in trainer._policy.named_parameters() if p.requires_grad}
     return {
@@ -229,6 +232,26 @@ def test_a_stream_is_shared_pass_after_pass(ranks, folder, tmp_path):
 def test_a_sharded_model_does_not_fill_the_reference_cache(ranks, folder, tmp_path):
     with pytest.raises(RuntimeError, match="lacks 37 of 37 rows, and a sharded model does not fill it"):
         ranks[2].run(train, folder, str(tmp_path), "fsdp", precompute_ref_log_probs=True)
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+@pytest.mark.parametrize("kind", ["fsdp", "zero2", "zero3"])
+def test_a_sharded_run_at_its_end_is_saved_without_a_further_step(ranks, folder, tmp_path, kind, use_lora):
+    """Killed behind its last checkpoint, in the middle of an epoch, and begun again."""
+    if kind.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    options = {"use_lora": use_lora, "max_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    options |= {"per_device_train_batch_size": 3, "warmup_steps": 0}
+    whole, _ = ranks[2].run(train, folder, str(tmp_path), kind, **options)
+    again = {"resume": str(tmp_path / "checkpoint-3"), "save": str(tmp_path / "saved")}
+    found, _ = ranks[2].run(train, folder, str(tmp_path / "on"), kind, **options, **again)
+    assert losses_of(found) == losses_of(whole) and len(losses_of(whole)) == 3
+    assert [entry["train_loss"] for entry in found["logs"] if "train_loss" in entry] == []
+    saved = load_file(tmp_path / "saved" / ("adapter_model.safetensors" if use_lora else "model.safetensors"))
+    assert len(saved) > 4 and found["weights"].keys() == whole["weights"].keys()
+    for name, value in whole["weights"].items():
+        assert torch.equal(found["weights"][name], value)
+        assert any(torch.equal(value, other) for other in saved.values()), name  # under other names
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
