@@ -369,6 +369,28 @@ def test_an_autoencoder_of_other_rows_is_not_gone_on_with(made, no_pictures, cap
     assert written(made) == written(made, "whole")
 
 
+def test_the_weight_of_diversity_changes_the_picks(made, no_pictures):
+    spread = {}
+    for weight in ("0", "100"):
+        assert command(made, "--beta-div", weight, out=weight) == 0
+        spread[weight] = json.loads((made / weight / "selection.json").read_text())["figures"]["pairwise_cosine"]
+    assert spread["100"]["value"] < spread["0"]["value"]
+
+
+def test_noise_is_of_the_pixels_that_were_named(made, no_pictures):
+    """It draws each channel towards its own mean, and has the deviation of its own."""
+    mean, deviation = (0.3, 0.2, 0.8), (0.1, 0.05, 0.025)
+    options = ("--noise-step", "999", "--pixel-mean", *map(str, mean), "--pixel-std", *map(str, deviation))
+    assert command(made, "--count", "1", *options, method="noise") == 0
+    row = load_rows(made / "out")[0]
+    (clean,), (noisy,) = (load_images(row, column) for column in ("images", "negative_images"))
+    x, z = (np.asarray(image, dtype=float).reshape(6, 5, 6, 5, 3) / 255 for image in (clean, noisy))  # 5 x 5 patches
+    kept = (z.mean((0, 1, 2, 3)) - mean) / (x.mean((0, 1, 2, 3)) - mean)  # the root of abar, of all channels
+    np.testing.assert_allclose(kept, kept.mean(), atol=0.05)
+    noise = z.var((1, 3), ddof=1).mean((0, 1)) ** 0.5
+    np.testing.assert_allclose(noise, (1 - kept.mean() ** 2) ** 0.5 * np.array(deviation), rtol=0.1)
+
+
 def test_the_pool_is_by_default_the_images_of_the_rows(made, capsys):
     assert command(made, "--count", "2", method="random", pool=None) == 0
     own = {name for row in written(made) for name in row.get("images", ())}

@@ -502,6 +502,8 @@ def test_the_command(folder, data, loaded, settings, tmp_path, capsys):
         torch.testing.assert_close(torch.cat(cache.get(rows[n])), torch.cat(live[n]), rtol=0, atol=1e-5)
     assert cli.main([*arguments, "--max_length", "128"]) == 2
     assert "max_length was 256, now it is 128" in capsys.readouterr().err
+    assert cli.main([*arguments, "--attn_implementation", "eager"]) == 2
+    assert "attention was sdpa, now it is eager" in capsys.readouterr().err
     assert cli.main(arguments) == 0
     assert "5 rows: 0 computed, 5 were there\n" in capsys.readouterr().out
 
