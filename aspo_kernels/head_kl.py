@@ -106,11 +106,12 @@ def _write_row_grads(
     derivative = head.epilogue.derivative(chunk.z_y[:n])
     rows = head.rows(chunk.y[:n]).to(a.dtype)
     rows = rows if derivative is None else rows * derivative[:, None]
-    a.addcmul_(rows, -chunk.total[:n, None])
-    b.addcmul_(rows, -rival_difference[:, None])
-    g = a.mul_((-head.epilogue.slope / z)[:, None])
+    scale, slope = chunk.scale, head.epilogue.slope / chunk.scale
+    a.addcmul_(rows, -scale * chunk.total[:n, None])
+    b.addcmul_(rows, -scale * rival_difference[:, None])
+    g = a.mul_((-slope / z)[:, None])
     logp_grad.copy_(g)
-    kl_grad.copy_(b.mul_((-head.epilogue.slope / ref_z)[:, None]).addcmul_(g, -(difference / ref_z)[:, None]))
+    kl_grad.copy_(b.mul_((-slope / ref_z)[:, None]).addcmul_(g, -(difference / ref_z)[:, None]))
 
 
 def _outputs(hidden: Tensor, row_grads: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

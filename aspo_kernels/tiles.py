@@ -166,8 +166,9 @@ class Chunk:
     y: Tensor  # (n,) targets as rows of this part of the head; outside [0, V) on ranks that do not hold them
     z_y: Tensor  # (n,) the target's logit
     sums: Tensor  # (2, n) shift and total
-    weighted: Tensor | None = None  # (m, H) sum_v E_v d_v W[v], d the soft-cap's derivative
+    weighted: Tensor | None = None  # (m, H) scale sum_v E_v d_v W[v], d the soft-cap's derivative
     exps: Tensor | None = None  # (m, V) E d, kept for the backward
+    scale: float = 1.0  # a power of two, for an E d that is rounded to fp16 (math.md 7)
 
     @property
     def shift(self) -> Tensor:

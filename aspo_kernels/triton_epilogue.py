@@ -8,15 +8,22 @@ import triton.language as tl
 
 from aspo_kernels.tiles import Epilogue
 
-# A logit this far above its row's shift raises the shift: E = exp(z - shift) then stays within exp(30), and within
-# exp(9) where E is rounded to fp16, which ends at 65504.
+# A logit this far above its row's shift raises the shift: E = exp(z - shift) then stays within exp(30). Where E is
+# rounded to fp16, which ends at 65504 and loses digits below 2^-14, it is multiplied by 2^14 before: exp(1.3) 2^14 =
+# 60117. The lead is not 0: the target's own logit differs by rounding from product to product.
 MAX_LEAD = 30.0
-MAX_LEAD_FP16 = 9.0
+MAX_LEAD_FP16 = 1.3
+FP16_SCALE = tl.constexpr(2.0**14)
 
 
 def max_lead(dtype: torch.dtype) -> float:
     """How far above its row's shift a logit may lie before the shift is raised, for E in `dtype`."""
     return MAX_LEAD_FP16 if dtype == torch.float16 else MAX_LEAD
+
+
+def operand_scale(dtype: torch.dtype) -> float:
+    """What `operand` multiplies E by."""
+    return float(FP16_SCALE.value) if dtype == torch.float16 else 1.0
 
 
 def scalars(epilogue: Epilogue) -> tuple[float, float, float]:
@@ -52,6 +59,14 @@ def row_logits(
         bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
     z = tl.load(z_ptr + offs_v, mask=mask_v, other=0.0)
     return logits(z, bias, logit_scale, softcap, temperature, HAS_SOFTCAP)
+
+
+@triton.jit
+def operand(e, dtype: tl.constexpr):
+    """E as it is stored for a product: in fp16 times FP16_SCALE, a power of two, which the fp32 result is freed of."""
+    if dtype == tl.float16:
+        e *= FP16_SCALE
+    return e.to(dtype)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from aspo_kernels.tiles import Chunk, Head
-from aspo_kernels.triton_epilogue import logits, max_lead, rescale_row, scalars
+from aspo_kernels.triton_epilogue import logits, max_lead, operand, rescale_row, scalars
 
 # The longest rows, in entries, of operands that this kernel takes: offsets within a block then fit an int32.
 MAX_STRIDE = 2**23
@@ -69,7 +69,7 @@ def _fused_kernel(
         e *= derivative
     if HAS_E:
         e_ptrs = e_ptr + first_n * stride_en + (in_n[:, None] * stride_en + offs_v[None, :])
-        tl.store(e_ptrs, e.to(e_ptr.dtype.element_ty), mask=(offs_n < m)[:, None] & mask_v[None, :])
+        tl.store(e_ptrs, operand(e, e_ptr.dtype.element_ty), mask=(offs_n < m)[:, None] & mask_v[None, :])
 
 
 @triton.jit

@@ -18,7 +18,16 @@ import triton.language as tl
 from torch import Tensor
 
 from aspo_kernels.tiles import Chunk, Head, gradient_operand_dtype, widen
-from aspo_kernels.triton_epilogue import logits, max_lead, rescale_row, row_logits, scalars, target_entry
+from aspo_kernels.triton_epilogue import (
+    logits,
+    max_lead,
+    operand,
+    operand_scale,
+    rescale_row,
+    row_logits,
+    scalars,
+    target_entry,
+)
 from aspo_kernels.triton_fused import MAX_STRIDE, fused_again, fused_tile
 
 CANDIDATE = "tile"  # or "fused": private, until a GPU has said which is faster where
@@ -81,7 +90,7 @@ def _exps_kernel(
     tl.store(sums_ptr + n, shift)
     tl.store(sums_ptr + N + n, total * rescale + tl.sum(e))
     if n < m:
-        tl.store(e_ptr + n * stride_en + offs_v, (e * derivative).to(e_ptr.dtype.element_ty), mask=mask_v)
+        tl.store(e_ptr + n * stride_en + offs_v, operand(e * derivative, e_ptr.dtype.element_ty), mask=mask_v)
         if shift != before:
             rescale_row(weighted_ptr + n * stride_wn, rescale, H, 1024)
             rescale_row(e_ptr + n * stride_en - kept, rescale, kept, 1024)
@@ -124,12 +133,12 @@ def _raise_kernel(
 
 @triton.jit
 def _target_rows_kernel(
-    rows_ptr, z_ptr, total_ptr, weighted_ptr, stride_rn, stride_wn, H, softcap, temperature,
+    rows_ptr, z_ptr, total_ptr, weighted_ptr, stride_rn, stride_wn, H, scale, softcap, temperature,
     HAS_SOFTCAP: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One program per token: weighted += -S d_y W[y]."""
+    """One program per token: weighted += -scale S d_y W[y]."""
     n = tl.program_id(0).to(tl.int64)
-    entry = target_entry(tl.load(total_ptr + n), tl.load(z_ptr + n), softcap, temperature, HAS_SOFTCAP)
+    entry = scale * target_entry(tl.load(total_ptr + n), tl.load(z_ptr + n), softcap, temperature, HAS_SOFTCAP)
     for h in range(0, H, BLOCK_H):
         offs = h + tl.arange(0, BLOCK_H)
         row = tl.load(rows_ptr + n * stride_rn + offs, mask=offs < H, other=0.0).to(tl.float32)
@@ -205,6 +214,7 @@ def exps_tile(chunk: Chunk, head: Head, part: slice, operand_dtype: torch.dtype 
         e, done = chunk.exps[:, part], part.start
     else:
         e, done = chunk.x.new_empty(m, width, dtype=operand_dtype or torch.float32), 0
+    chunk.scale = operand_scale(e.dtype)
     weighted, hidden = (e, 0) if chunk.weighted is None else (chunk.weighted, chunk.weighted.shape[1])
     if _fuses(head):
         fused_tile(chunk, head, part, e, m, weighted, hidden, done)
@@ -240,7 +250,7 @@ def add_target_rows_(chunk: Chunk, head: Head) -> None:
     _, softcap, temperature = scalars(head.epilogue)
     _target_rows_kernel[(rows.shape[0],)](
         rows, chunk.z_y, chunk.total, chunk.weighted, rows.stride(0), chunk.weighted.stride(0), rows.shape[1],
-        softcap, temperature, HAS_SOFTCAP=head.epilogue.softcap is not None, BLOCK_H=1024, num_warps=4,
+        chunk.scale, softcap, temperature, HAS_SOFTCAP=head.epilogue.softcap is not None, BLOCK_H=1024, num_warps=4,
     )  # fmt: skip
 
 
@@ -258,7 +268,7 @@ def finish(chunk: Chunk, head: Head, row_grad: Tensor | None) -> Tensor:
     _finish_kernel[(n,)](
         chunk.y, chunk.z_y, chunk.sums, out, weighted, grad, exps,
         weighted.stride(0), grad.stride(0), exps.stride(0), n, m, hidden, head.size,
-        head.epilogue.slope, softcap, temperature, HAS_SOFTCAP=head.epilogue.softcap is not None,
+        head.epilogue.slope / chunk.scale, softcap, temperature, HAS_SOFTCAP=head.epilogue.softcap is not None,
         HAS_EXPS=chunk.exps is not None, BLOCK_H=1024, num_warps=4,
     )  # fmt: skip
     return out

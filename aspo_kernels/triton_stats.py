@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from aspo_kernels.tiles import Chunk, Head
-from aspo_kernels.triton_epilogue import row_logits, scalars
+from aspo_kernels.triton_epilogue import operand, operand_scale, row_logits, scalars
 from aspo_kernels.triton_head import row_warps
 
 
@@ -103,8 +103,8 @@ def _add_pair_kernel(
     tl.store(sums_ptr + 3 * N + n, ref_total * ref_rescale + tl.sum(ref_e))
     if HAS_E:
         e_type = e_ptr.dtype.element_ty
-        tl.store(e_ptr + n * stride_en + offs_v, (e * derivative).to(e_type), mask=mask_v)
-        tl.store(e_ptr + (N + n) * stride_en + offs_v, ((ref_e - e) * derivative).to(e_type), mask=mask_v)
+        tl.store(e_ptr + n * stride_en + offs_v, operand(e * derivative, e_type), mask=mask_v)
+        tl.store(e_ptr + (N + n) * stride_en + offs_v, operand((ref_e - e) * derivative, e_type), mask=mask_v)
         if (lower != 0) | (ref_lower != 0):
             for h in range(0, H, BLOCK_H):
                 offs_h = h + tl.arange(0, BLOCK_H)
@@ -175,6 +175,7 @@ def add_pair_(
     block, bias, ref_bias = triton.next_power_of_2(width), head.bias_of(part), ref_head.bias_of(part)
     has_e = operand_dtype is not None and chunk.weighted is not None
     e = z.new_empty(2 * n, width, dtype=operand_dtype) if has_e else z
+    chunk.scale = operand_scale(e.dtype)
     weighted = chunk.weighted if chunk.weighted is not None and has_e else z
     _add_pair_kernel[(n,)](
         z, ref_z, bias, ref_bias, chunk.y, chunk.sums, extra, e, weighted, z.stride(0), ref_z.stride(0),

@@ -85,10 +85,10 @@ def _stats(dtype: torch.dtype, head_grad: bool, **options: Any) -> None:
     (stats.logps + stats.entropy + stats.lse).sum().backward()
 
 
-def _token_kl(head_grad: bool, **options: Any) -> None:
+def _token_kl(dtype: torch.dtype, head_grad: bool, **options: Any) -> None:
     width, vocabulary = LLAVA
-    hidden, ref_hidden = _empty(TOKENS, width, dtype=BF16, requires_grad=True), _empty(TOKENS, width, dtype=BF16)
-    head = _empty(vocabulary, width, dtype=BF16, requires_grad=head_grad)
+    hidden, ref_hidden = _empty(TOKENS, width, dtype=dtype, requires_grad=True), _empty(TOKENS, width, dtype=dtype)
+    head = _empty(vocabulary, width, dtype=dtype, requires_grad=head_grad)
     targets = _empty(TOKENS, dtype=torch.int64)
     out = linear_token_kl(hidden, ref_hidden, head, None, targets, **options)
     (out.logps + out.kl).sum().backward()
@@ -139,12 +139,14 @@ CASES: dict[str, Callable[[], None]] = {
     "head bf16, trainable": partial(_head, BF16, head_grad=True, bias=True, memory_budget=KEEP),
     "head bf16, recomputed": partial(_head, BF16, head_grad=True, bias=True, memory_budget=RECOMPUTE),
     "head bf16, soft-cap, LoRA": partial(_head, BF16, rank=8, softcap=30.0),
+    "head fp16, frozen": partial(_head, FP16),
     "head fp16, trainable": partial(_head, FP16, head_grad=True, memory_budget=KEEP),
     "head fp32, recomputed": partial(_head, FP32, head_grad=True, memory_budget=RECOMPUTE),
     "statistics bf16": partial(_stats, BF16, False),
     "statistics fp16, trainable": partial(_stats, FP16, True, softcap=30.0),
-    "KL bf16": partial(_token_kl, False),
-    "KL bf16, trainable, soft-cap": partial(_token_kl, True, softcap=30.0),
+    "KL bf16": partial(_token_kl, BF16, False),
+    "KL bf16, trainable, soft-cap": partial(_token_kl, BF16, True, softcap=30.0),
+    "KL fp16": partial(_token_kl, FP16, False),
     "shard of a head bf16": _shard,
     "fused bf16, no gradient": partial(_head, BF16, hidden_grad=False, candidate="fused"),
     "fused bf16, recomputed": partial(
@@ -153,6 +155,7 @@ CASES: dict[str, Callable[[], None]] = {
     "fused bf16, bias, soft-cap": partial(
         _head, BF16, head_grad=True, bias=True, softcap=30.0, memory_budget=RECOMPUTE, candidate="fused"
     ),
+    "fused fp16, frozen": partial(_head, FP16, candidate="fused"),
     "fused fp16, trainable": partial(_head, FP16, head_grad=True, memory_budget=KEEP, candidate="fused"),
     "fused fp32, recomputed": partial(_head, FP32, head_grad=True, memory_budget=RECOMPUTE, candidate="fused"),
     "logits bf16": partial(_token_logps, BF16),

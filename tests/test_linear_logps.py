@@ -204,8 +204,9 @@ def test_non_contiguous_operands(schedule, dtype, small_tiles):
     torch.testing.assert_close(results[0][0].double(), logps, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("schedule", ["frozen", "stored", "recompute"])
-def test_fp16_gradients_survive_loss_scaling(schedule, small_tiles):
+def test_fp16_gradients_survive_loss_scaling(schedule, backend, small_tiles, device):
     """Near-certain fp16 rows have gradients below fp16's range until the loss scale multiplies them, as it must."""
     problem = Problem(150, 150, 32, torch.float16, spread=1.0, bias=False)
     rows = problem.head[problem.targets].double()
@@ -213,7 +214,11 @@ def test_fp16_gradients_survive_loss_scaling(schedule, small_tiles):
     problem.hidden = (rows / rows.norm(dim=1, keepdim=True) ** 2 * sizes).to(torch.float16)
     problem.upstream = problem.upstream.sign() * 2.0**14
     needs, budget = SCHEDULES[schedule]
-    d_hidden, d_head, _ = problem.run(linear_logps, needs=needs, memory_budget=budget)[1]
+    options = {"needs": needs, "memory_budget": budget, "backend": backend}
+    if backend == "triton":
+        pytest.importorskip("triton")
+        options["device"] = device
+    d_hidden, d_head, _ = problem.run(linear_logps, **options)[1]
     expected = problem.oracle()[1]
     assert (expected[0].norm(dim=1) / 2.0**14 < 2.0**-18).sum() > 10, "rows that fp16 loses without the loss scale"
     for got, want in zip((d_hidden, d_head), expected[:2], strict=True):

@@ -172,6 +172,31 @@ def test_the_gradient_keeps_its_digits_near_the_reference(dtype, needs):
             assert (got - want).norm() < (1e-3 if dtype == torch.float32 else 1e-2) * want.norm()
 
 
+@pytest.mark.parametrize("output", ["kl", "logps"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_of_confident_tokens_keeps_its_tail_in_fp16(backend, output, device):
+    """1 - p of 1e-3 and 1e-5 over 300 rivals, the reference's twice that: exponentials down to 3e-8."""
+    missing = torch.tensor([1e-3, 1e-5], dtype=torch.float64)
+    head = torch.zeros(301, 8, dtype=torch.float64)
+    head[1:, 1:] = 1 + 0.1 * torch.randn(300, 7, dtype=torch.float64)  # what p W loses is W's mean, not nothing
+    head[0, 0] = 1.0
+    hidden, ref_hidden = (torch.zeros(2, 8, dtype=torch.float64) for _ in range(2))
+    hidden[:, 0], ref_hidden[:, 0] = torch.log(300 / missing), torch.log(150 / missing)
+    place = device if backend == "triton" else "cpu"
+    operands = [t.to(place, torch.float16) for t in (hidden, ref_hidden, head)]
+    targets, gradients = torch.zeros(2, dtype=torch.int64, device=place), []
+    for function, options, dtype in (
+        (linear_token_kl, {"backend": backend}, torch.float16),
+        (oracle, {}, torch.float64),
+    ):
+        x, ref_x, w = (t.to(dtype) for t in operands)
+        x.requires_grad_()
+        out = getattr(TokenKL(*function(x, ref_x, w, w, targets, **options)), output)
+        gradients.append(torch.autograd.grad(out, x, (1 / missing).to(out))[0].double().cpu())
+    got, want = gradients
+    assert ((got - want).norm(dim=1) / want.norm(dim=1)).max() < 4 * torch.finfo(torch.float16).eps
+
+
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("needs", ["frozen", "trainable"])
 @pytest.mark.parametrize("backend", BACKENDS)

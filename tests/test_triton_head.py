@@ -9,7 +9,7 @@ import pytest
 import torch
 from problems import EPILOGUES, SCHEDULES, Problem, check, check_missing_targets, leave_targets_unchecked
 
-from aspo_kernels import linear_logps
+from aspo_kernels import linear_logps, reference
 
 pytest.importorskip("triton")
 from aspo_kernels import triton_fused, triton_head
@@ -123,6 +123,37 @@ def test_digits_as_p_goes_to_one(device):
     logps = linear_logps(hidden, head, torch.ones(4, dtype=torch.int64, device=device), backend="triton")
     expected = -torch.log1p(2 * torch.exp(-lead.double()))
     torch.testing.assert_close(logps.cpu().double(), expected, rtol=2e-6, atol=0.0)
+
+
+@pytest.mark.usefixtures("candidate", "poison")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("certainty", ["flat tail", "one rival", "flat tail, soft-cap"])
+def test_the_gradient_of_confident_tokens_keeps_its_tail(certainty, dtype, device):
+    """G = W[y] - p W with 1 - p of 1e-2 to 1e-7, over 300 rivals (E down to 3e-10) or one 7 to 18 nats below."""
+    v, missing = 301, torch.tensor([1e-2, 1e-3, 1e-5, 1e-7], dtype=torch.float64)
+    head = torch.zeros(v, 8, dtype=torch.float64)
+    head[1:, 1:] = 1 + 0.1 * torch.randn(v - 1, 7, dtype=torch.float64)  # what p W loses is W's mean, not nothing
+    head[0, 0] = head[0, 2] = 1.0
+    epilogue = {"softcap": 30.0} if certainty.endswith("cap") else {}
+    hidden = torch.zeros(4, 8, dtype=torch.float64)
+    if certainty == "one rival":
+        head[2:, 0] = -60.0  # far below, whatever x_0 is
+        hidden[:, 0] = torch.tensor([7.0, 9.0, 14.0, 18.0])
+    else:
+        hidden[:, 0] = torch.log((v - 1) / missing)
+    x, w = hidden.to(device, dtype), head.to(device, dtype)
+    targets = torch.zeros(4, dtype=torch.int64, device=device)
+    results = []
+    for function, operands in ((linear_logps, (x, w)), (reference.linear_logps, (x.double(), w.double()))):
+        leaf = operands[0].detach().requires_grad_()
+        options = {"backend": "triton"} if function is linear_logps else {}
+        out = function(leaf, operands[1], targets, **options, **epilogue)
+        # a loss scale that leaves fp16's precision to the gradient's rounding
+        scale = (1 / missing if certainty != "one rival" else hidden[:, 0].exp()).to(out)
+        results.append(torch.autograd.grad(out, leaf, scale)[0].double().cpu())
+    got, expected = results
+    error = (got - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.max() < 4 * torch.finfo(dtype).eps + 1e-5
 
 
 @pytest.mark.usefixtures("candidate", "poison")
