@@ -11,7 +11,6 @@ import json
 import os
 import re
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -61,12 +60,11 @@ class Command:
         self.printed = [folder / f"{number}-{rank}.txt" for rank in range(size)]
         for path in self.printed:  # a process may be killed before it has opened its own
             path.touch()
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
-        meeting |= {"LOCAL_WORLD_SIZE": str(size)}
+        self.port = forked.Port()
         self.processes: list[Any] = []
         atexit.register(self.kill)  # a test that failed may have left one; multiprocessing would wait for it for ever
         for rank in range(size):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **meeting} if size > 1 else {}
+            own = forked.launched(rank, size, self.port.number) if size > 1 else {}
             args = ([str(a) for a in argv], self.printed[rank], {**own, **environment}, fault, rank)
             process = context.Process(target=_run, args=args)
             process.start()
@@ -79,6 +77,7 @@ class Command:
             process.join(max(0.0, end - time.monotonic()))
         hanging = [process for process in self.processes if process.is_alive()]
         self.kill()
+        self.port.close()
         assert not hanging, [path.read_text() for path in self.printed]
         return [process.exitcode for process in self.processes], [path.read_text() for path in self.printed]
 
@@ -118,12 +117,6 @@ def run(argv: list[Any], folder: Path, size: int = 1, fault: Fault | None = None
     """`Command(...).wait()`; of one process its status and text alone."""
     statuses, texts = Command(argv, folder, size, fault, **environment).wait()
     return (statuses, texts) if size > 1 else (statuses[0], texts[0])
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 # ---- training runs ----

@@ -14,11 +14,13 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from forked import Port, ended
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 STATE = str(ROOT / "tests" / "accelerate_state.py")
+SECONDS = 240  # after which a launcher counts as hanging
 
 
 def config(name: str) -> str:
@@ -39,10 +41,11 @@ def answers(*commands: list[str]) -> list[dict]:
         subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
         for c in commands
     ]
-    ended = [process.communicate(timeout=120) for process in started]
-    assert all(process.returncode == 0 for process in started), "\n".join(err[-3000:] for _, err in ended)
+    with ended(*started):
+        printed = [process.communicate(timeout=SECONDS) for process in started]
+    assert all(process.returncode == 0 for process in started), "\n".join(err[-3000:] for _, err in printed)
     return sorted(
-        (json.loads(x) for out, _ in ended for x in re.findall(r"\{.*?\}", out)), key=lambda x: x.get("rank", 0)
+        (json.loads(x) for out, _ in printed for x in re.findall(r"\{.*?\}", out)), key=lambda x: x.get("rank", 0)
     )
 
 
@@ -92,13 +95,13 @@ def test_eight_gpus_with_fewer_processes():
 
 
 def test_two_nodes_meet():
-    port = free_port()
-    nodes = [
-        [*LAUNCH, "--config_file", config("two_nodes"), "--num_processes", "2", "--machine_rank", str(rank),
-         "--main_process_ip", "127.0.0.1", "--main_process_port", port, STATE]
-        for rank in (0, 1)
-    ]  # fmt: skip
-    assert [(x["processes"], x["rank"], x["sum"]) for x in answers(*nodes)] == [(2, 0, 3), (2, 1, 3)]
+    with Port() as port:
+        nodes = [
+            [*LAUNCH, "--config_file", config("two_nodes"), "--num_processes", "2", "--machine_rank", str(rank),
+             "--main_process_ip", "127.0.0.1", "--main_process_port", str(port), STATE]
+            for rank in (0, 1)
+        ]  # fmt: skip
+        assert [(x["processes"], x["rank"], x["sum"]) for x in answers(*nodes)] == [(2, 0, 3), (2, 1, 3)]
 
 
 def test_fsdp2_shards_a_model():
@@ -133,14 +136,6 @@ def test_zero3_shards_a_model():
         "zero3",
     ]
     assert answers(command) == [{"stage": 3, "processes": 2, "shards": [[0]] * 4}] * 2
-
-
-def free_port() -> str:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 # ---- SLURM ----
@@ -180,16 +175,19 @@ def test_slurm_script_starts_a_launcher_on_each_node(tmp_path, fails):
     (command / "__main__.py").write_text(script + ("sys.exit(3)\n" if fails else ""))
     own = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "CONFIG": config("two_nodes"), "SLURM_NNODES": "2",
-        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_GPUS_ON_NODE": "1", "MASTER_PORT": free_port(),
+        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_GPUS_ON_NODE": "1",
     }  # fmt: skip
     arguments = ["--train_data", "rows of mine", "--output_dir", "out"]
-    done = subprocess.run(
-        [str(ROOT / "examples" / "slurm.sh"), *arguments],
-        capture_output=True, text=True, cwd=tmp_path, env=environment(**own), timeout=120,
-    )  # fmt: skip
-    assert (done.returncode != 0) == fails, done.stderr[-2000:]
-    assert ("exitcode  : 3" in done.stderr) == fails
-    found = sorted((json.loads(line) for line in re.findall(r"\{.*\}", done.stdout)), key=lambda x: x["rank"])
+    with Port() as port:
+        job = subprocess.Popen(
+            [str(ROOT / "examples" / "slurm.sh"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, cwd=tmp_path, env=environment(**own, MASTER_PORT=str(port)),
+        )  # fmt: skip
+        with ended(job):
+            printed, errors = job.communicate(timeout=SECONDS)
+    assert (job.returncode != 0) == fails, errors[-2000:]
+    assert ("exitcode  : 3" in errors) == fails
+    found = sorted((json.loads(line) for line in re.findall(r"\{.*\}", printed)), key=lambda x: x["rank"])
     if not fails:
         assert [(x["rank"], x["of"]) for x in found] == [(0, "2"), (1, "2")]
         assert all(x["arguments"] == ["train", *arguments] for x in found)

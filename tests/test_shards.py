@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import psutil
 import pytest
 import torch
 from accelerate import PartialState
+from forked import Port, ended, launched
 
 import aspo  # noqa: F401  first: it makes torchvision importable on a CPU torch
 from aspo import cli
@@ -93,24 +93,10 @@ def tree(folder):
     return found
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def _work(rank, size, port, argv, printed, prepare):
     """One process: what torchrun sets, then the command."""
     if size > 1:
-        os.environ |= {
-            "WORLD_SIZE": str(size),
-            "LOCAL_WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "OMP_NUM_THREADS": "1",
-        }
+        os.environ |= launched(rank, size, port)
     PartialState._reset_state()  # what the parent may have made
     torch.set_num_threads(1)
     with printed.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
@@ -123,13 +109,14 @@ def _work(rank, size, port, argv, printed, prepare):
 def run(size, argv, folder, prepare=lambda rank: None):
     """The command in `size` processes; (exit status of each, what each printed)."""
     folder.mkdir(exist_ok=True, parents=True)
-    port, printed = free_port(), [folder / f"{rank}.txt" for rank in range(size)]
-    processes = [FORK.Process(target=_work, args=(r, size, port, argv, printed[r], prepare)) for r in range(size)]
-    for process in processes:
-        process.start()
-    end = time.monotonic() + SECONDS
-    for process in processes:
-        process.join(max(0.1, end - time.monotonic()))
+    printed = [folder / f"{rank}.txt" for rank in range(size)]
+    with Port() as port:
+        processes = [FORK.Process(target=_work, args=(r, size, port, argv, printed[r], prepare)) for r in range(size)]
+        for process in processes:
+            process.start()
+        end = time.monotonic() + SECONDS
+        for process in processes:
+            process.join(max(0.1, end - time.monotonic()))
     hanging = [process for process in processes if process.is_alive()]
     for process in hanging:
         process.kill()
@@ -539,8 +526,7 @@ def test_a_process_that_hangs_is_not_waited_for_for_ever(pairs, tmp_path):
 
 def test_what_one_process_does_the_others_get_or_its_error(tmp_path):
     def work(rank, size, port, results):
-        os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        os.environ |= {"MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        os.environ |= launched(rank, size, port)
         PartialState._reset_state()
         processes = Processes.current()
         got = [processes.once("", lambda: rank), processes.share(3, lambda i: (i, rank)), processes.gather(rank)]
@@ -551,13 +537,14 @@ def test_what_one_process_does_the_others_get_or_its_error(tmp_path):
                 got.append(type(caught).__name__)
         results.put((rank, got))
 
-    results, port = FORK.Queue(), free_port()
-    processes = [FORK.Process(target=work, args=(rank, 2, port, results)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    by_rank = dict(results.get(timeout=60) for _ in processes)
-    for process in processes:
-        process.join(30)
+    results = FORK.Queue()
+    with Port() as port:
+        processes = [FORK.Process(target=work, args=(rank, 2, port, results), daemon=True) for rank in (0, 1)]
+        for process in processes:
+            process.start()
+        by_rank = dict(results.get(timeout=SECONDS) for _ in processes)
+        for process in processes:
+            process.join(SECONDS)
     shared = [0, [(0, 0), (1, 1), (2, 0)], [0, 1], "ValueError", "FileNotFoundError"]
     assert by_rank == {0: [*shared, "KeyError"], 1: [*shared, "RuntimeError"]}
 
@@ -622,15 +609,13 @@ def test_real_commands_that_are_killed_from_outside(pairs, tmp_path):
     config = Path(__file__).parent.parent / "configs" / "accelerate" / "cpu.yaml"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "-m", "aspo"]
     killed = subprocess.Popen([*launch, *argv], env=environment, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + SECONDS
-    while not list((tmp_path / "out").glob("shards/pairs/*.jsonl")):
-        assert killed.poll() is None and time.monotonic() < end
-        time.sleep(0.02)
-    workers = psutil.Process(killed.pid).children(recursive=True)  # in sessions of their own: they outlive the launcher
-    assert len(workers) >= 2
-    for process in (*workers, killed):
-        process.kill()
-    killed.wait()
+    with ended(killed):
+        end = time.monotonic() + SECONDS
+        while not list((tmp_path / "out").glob("shards/pairs/*.jsonl")):
+            assert killed.poll() is None and time.monotonic() < end
+            time.sleep(0.02)
+        workers = psutil.Process(killed.pid).children(recursive=True)
+        assert len(workers) >= 2
     psutil.wait_procs(workers, timeout=30)
     assert not (tmp_path / "out" / "rows.jsonl").exists()
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("shards/pairs/*.jsonl")}
