@@ -1,4 +1,4 @@
-"""The loss head under pytest-benchmark: `make bench`, or `pytest benchmarks --benchmark-group-by=param:case`.
+"""The loss head under pytest-benchmark: `pytest benchmarks --benchmark-group-by=param:case`; `make smoke` only checks.
 
 Small enough to repeat; the committed figures come from `python -m benchmarks.head`, which interleaves its rounds.
 """
@@ -19,6 +19,7 @@ CASES = [
     for trainable in (False, True)
 ]
 CONTENDERS, MISSING = load(trainable_head=True)
+assert {"aspo_kernels", "aspo_kernels, recompute"} <= {c.name for c in CONTENDERS}, "ours are known by their names"
 
 
 @pytest.fixture(
