@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import ended
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -26,6 +27,7 @@ from aspo.resume import differences, write_json
 
 ROOT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY = 12, 4
+SECONDS = 240  # after which a command counts as hanging
 
 # An objective that takes its time, so that a test can act in the middle of a run.
 SLOW = """
@@ -38,6 +40,15 @@ def slow_aspo(x: Inputs, beta: float = 0.1, alpha: float = 0.5) -> Result:
     return get("aspo")(x, beta=beta, alpha=alpha)
 """
 
+# A run that dies by itself within a step: a kill from outside may come too late.
+MORTAL = """
+import os
+from injected import AtStep, die
+
+if "DIE_AT" in os.environ:
+    AtStep(int(os.environ["DIE_AT"]), (0,), die)(0)
+"""
+
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
@@ -45,6 +56,7 @@ def workplace(tmp_path_factory):
     tiny_llava(folder / "model")
     write_rows(folder / "rows", tiny_rows(16))
     (folder / "slow.py").write_text(SLOW)
+    (folder / "mortal.py").write_text(MORTAL)
     return folder
 
 
@@ -68,8 +80,8 @@ def flags(workplace, output, *more):
     ]
 
 
-def start(arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def start(arguments, **more):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **more}
     return subprocess.Popen(
         [sys.executable, "-m", "aspo", *map(str, arguments)],
         cwd=ROOT,
@@ -81,7 +93,7 @@ def start(arguments):
 
 def wait_for_step(output, step, process):
     """Until log_history.json shows `step`."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         history = output / "log_history.json"
         if history.is_file() and json.loads(history.read_text())[-1]["step"] >= step:
@@ -106,12 +118,13 @@ EVERYTHING = (
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [(), EVERYTHING], ids=["defaults", "packed and cached"])
 def test_a_killed_run_ends_with_the_same_weights(workplace, tmp_path, options):
-    slow = ("--loss_type", "slow_aspo", "--plugins", workplace / "slow.py", *options)
-    whole = start(flags(workplace, tmp_path / "whole", *slow))
-    killed = start(flags(workplace, tmp_path / "killed", *slow))
-    wait_for_step(tmp_path / "killed", SAVE_EVERY + 1, killed)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
+    more = ("--plugins", workplace / "mortal.py", *options)
+    whole = start(flags(workplace, tmp_path / "whole", *more))
+    killed = start(flags(workplace, tmp_path / "killed", *more), DIE_AT=str(SAVE_EVERY + 2))
+    with ended(whole, killed):
+        for run, status in ((killed, -signal.SIGKILL), (whole, 0)):
+            errors = run.communicate(timeout=SECONDS)[1]
+            assert run.returncode == status, errors
     assert not (tmp_path / "killed" / "adapter_model.safetensors").exists()
     found = last_checkpoint(tmp_path / "killed")
     assert found is not None and found.name == f"checkpoint-{SAVE_EVERY}"
@@ -119,11 +132,11 @@ def test_a_killed_run_ends_with_the_same_weights(workplace, tmp_path, options):
     shutil.copytree(found, half)
     (half / "trainer_state.json").unlink()
 
-    resumed = start(flags(workplace, tmp_path / "killed", *slow))
-    errors = resumed.communicate(timeout=120)[1]
+    resumed = start(flags(workplace, tmp_path / "killed", *more))
+    with ended(resumed):
+        errors = resumed.communicate(timeout=SECONDS)[1]
     assert resumed.returncode == 0, errors
     assert f"going on from {found}" in errors
-    assert whole.wait(timeout=120) == 0
     name = "adapter_model.safetensors"
     assert_same_weights(tmp_path / "whole" / name, tmp_path / "killed" / name)
     histories = [json.loads((tmp_path / run / "log_history.json").read_text()) for run in ("whole", "killed")]
@@ -137,9 +150,10 @@ def test_a_killed_run_ends_with_the_same_weights(workplace, tmp_path, options):
 def test_ctrl_c_saves_the_step_in_hand(workplace, tmp_path):
     slow = ("--loss_type", "slow_aspo", "--plugins", workplace / "slow.py")
     process = start(flags(workplace, tmp_path / "out", *slow))
-    wait_for_step(tmp_path / "out", 2, process)
-    process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=60)[1]
+    with ended(process):
+        wait_for_step(tmp_path / "out", 2, process)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=SECONDS)[1]
     assert process.returncode == 130, errors
     assert "interrupted; run the same command again to go on" in errors
     history = json.loads((tmp_path / "out" / "log_history.json").read_text())
