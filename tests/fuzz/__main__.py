@@ -11,6 +11,7 @@ import argparse
 import importlib
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -90,6 +91,7 @@ def _steered(feed: Callable[[bytes], Any], watch: Watch, target: str, seed: int)
     def one(data: bytes) -> None:
         if time.monotonic() > watch.deadline:
             report(watch, target)
+            shutil.rmtree(start, ignore_errors=True)
             os._exit(1 if watch.findings else 0)
         feed(data)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import base64
 import contextlib
 import json
@@ -189,6 +190,7 @@ def _quiet(cache: Path) -> Iterator[None]:
 def _world() -> Path:
     """A folder with `data/` and the images that FILES names, made once."""
     base = Path(tempfile.mkdtemp(prefix="fuzz-rows-"))
+    atexit.register(shutil.rmtree, base, ignore_errors=True)
     data = base / "data"
     (data / "images").mkdir(parents=True)
     picture = Image.linear_gradient("L").resize((24, 16)).convert("RGB")
