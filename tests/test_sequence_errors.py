@@ -65,7 +65,7 @@ WRONG = [  # argument of process 1, what it is there, what all say
     ("tokens", twice, "is held by 2 processes of the group (1 such tokens)"),
     ("tokens", fewer, "is held by 0 processes of the group (1 such tokens)"),
     ("tokens", another_in_place_of_the_last, "(2 such tokens): each must be in one SequenceShard"),
-    ("tokens", too_far, "process 1: "),
+    ("tokens", too_far, "process 1: a SequenceShard's tokens reach from"),
     ("size", 7, "process 1: got ("),
     ("targets", other_targets, "layout of process 1 is not that of process 0: with a SequenceShard every"),
     ("similarity", None, "similarity of process 1 is not that of process 0"),
@@ -75,7 +75,7 @@ WRONG = [  # argument of process 1, what it is there, what all say
     ("value", float("nan"), "process 1: the log-probability of token 0"),
     ("hidden", torch.ones(3, HIDDEN, dtype=torch.float64), "process 1: hidden must be ("),
     ("hidden", torch.ones(4, 2, HIDDEN, dtype=torch.float64), "process 1: hidden must be ("),
-    ("head", torch.ones(2, 2), "process 1: "),
+    ("head", torch.ones(2, 2), "process 1: ref_hidden must be (N, H) and its head"),
     ("temperature", 0.0, "process 1: temperature is 0.0"),
 ]
 

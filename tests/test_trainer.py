@@ -564,7 +564,8 @@ def test_several_devices_in_one_process_are_refused(tmp_path, monkeypatch):
         AspoConfig(output_dir=str(tmp_path), use_cpu=True)
 
 
-def test_an_objective_of_ones_own_from_a_plugin(make, tmp_path):
+def test_an_objective_of_ones_own_from_a_plugin(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(objectives, "_REGISTRY", dict(objectives._REGISTRY))
     plugin = tmp_path / "my_objective.py"
     plugin.write_text(
         "from aspo_kernels.objectives import Inputs, Result, register\n"
