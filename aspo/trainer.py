@@ -378,8 +378,10 @@ class AspoTrainer(WholeCheckpoints, TokenBatches):
         return sum(super(AspoTrainer, self).floating_point_ops(part["model_inputs"]) for part in parts_of(inputs))
 
     def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
-        for part in parts_of(inputs):
-            super()._track_num_input_tokens(part["model_inputs"])
+        """Trainer's count, of all parts at once: it sums over the processes, which may have other numbers of parts."""
+        parts = [part["model_inputs"] for part in parts_of(inputs)]
+        whole = {name: torch.cat([p[name].flatten() for p in parts]) for name in ("input_ids", "attention_mask")}
+        super()._track_num_input_tokens(whole)
 
     # ---- checkpoints ----
 

@@ -335,6 +335,16 @@ def test_processes_whose_batches_have_other_numbers_of_parts(ranks, one_process,
     assert_same(found, one_process(), kind)
 
 
+def test_tokens_are_counted_over_unlike_numbers_of_parts(ranks, one_process, folder, tmp_path):
+    """Each count adds up over the processes: one for each part would wait for ever."""
+    options = {"max_steps": 6, "include_num_input_tokens_seen": "non_padding"}
+    expected = one_process(**options)["logs"][-1]["num_input_tokens_seen"]
+    options |= {"forward_tokens": 160, "per_device_train_batch_size": 3}
+    found = ranks[2].run(train_in_parts, folder, str(tmp_path), **options)
+    assert {(1, 2), (2, 1)} & set(zip(*(of_rank["parts"] for of_rank in found), strict=True))
+    assert [of_rank["logs"][-1]["num_input_tokens_seen"] for of_rank in found] == [expected] * 2 and expected > 1000
+
+
 def refusal(*args: Any, **options: Any) -> str | None:
     """The ValueError with which `train` ends in this process."""
     try:
