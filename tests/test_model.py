@@ -168,8 +168,10 @@ def test_answers_say_how_they_ended_and_leave_the_mode_alone(loaded):
     bias = torch.zeros(len(processor.tokenizer))
     bias[2] = 1e4  # EOS whatever the hidden state
     model.lm_head.bias = nn.Parameter(bias)
-    (answer,) = generate_answers(model, processor, tiny_rows(1), max_new_tokens=5)
-    model.lm_head.bias = None
+    try:
+        (answer,) = generate_answers(model, processor, tiny_rows(1), max_new_tokens=5)
+    finally:
+        model.lm_head.bias = None
     assert answer == type(answer)("", 1, True)
 
 
