@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from forked import launched
 from ranks import Ranks
 
 from aspo.shared_prefix.forward import mean_pair_tokens
@@ -42,8 +43,7 @@ def on_this_rank() -> list[float]:
     from accelerate import Accelerator
 
     rank, size = dist.get_rank(), dist.get_world_size()
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": 29_500}
-    os.environ |= {name: str(value) for name, value in own.items()} | {"MASTER_ADDR": "127.0.0.1"}  # met already
+    os.environ |= launched(rank, size, 29_500)  # met already
     mine = list(LENGTHS[:3] if rank == 0 else LENGTHS[3:])
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == size
