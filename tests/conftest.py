@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -49,6 +50,16 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def device() -> str:
     """Where the Triton kernels run: compiled on a GPU where there is one, else interpreted on the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["2 processes", "3 processes"])
+def ranks(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """`ranks.Ranks` of 2 and of 3 processes; some modules have groups of their own."""
+    from ranks import Ranks  # it needs psutil, which the kernels' tests do without
+
+    processes = Ranks(request.param)
+    yield processes
+    processes.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
 from test_sequence_parallel import HIDDEN, VOCABULARY, Case
 from test_vocabulary_parallel import error_of
 from torch import Tensor
 
 from aspo_kernels import SequenceShard, sentence_dpo_loss
-
-
-@pytest.fixture(scope="module", params=[2, 3], ids=["2 processes", "3 processes"])
-def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    processes = Ranks(request.param)
-    yield processes
-    processes.close()
 
 
 def run_wrong(changes: dict[int, dict[str, Any]]) -> str:

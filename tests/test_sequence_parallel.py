@@ -6,7 +6,6 @@ The processes: `ranks`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -35,13 +34,6 @@ from aspo_kernels.sequence import _share_tokens
 
 HIDDEN, VOCABULARY = 6, 23
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
-
-
-@pytest.fixture(scope="module", params=[2, 3], ids=["2 processes", "3 processes"])
-def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    processes = Ranks(request.param)
-    yield processes
-    processes.close()
 
 
 def noise(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from problems import Problem, check_gradients, check_logps
-from ranks import Ranks
 from test_vocabulary_parallel import error_of
 from torch import Tensor, nn
 
@@ -19,13 +17,6 @@ from aspo_kernels.vocabulary import VocabularyShard, gather_head
 # torch.distributed.fsdp and .tensor take seconds to import: only in the processes, which have them already.
 
 TOKENS, VOCABULARY, HIDDEN = 12, 37, 6  # 37 rows: shards of 19 and 18, of 13, 13 and 11
-
-
-@pytest.fixture(scope="module", params=[2, 3], ids=["2 processes", "3 processes"])
-def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    processes = Ranks(request.param)
-    yield processes
-    processes.close()
 
 
 def mesh_of_all() -> Any:

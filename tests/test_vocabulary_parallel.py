@@ -6,7 +6,6 @@ How accuracy is judged: `problems`. The processes: `ranks`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -26,13 +25,6 @@ CUTS = {
     2: {"even": (0, 75, 150), "one row first": (0, 1, 150), "one row last": (0, 149, 150)},
     3: {"even": (0, 50, 100, 150), "uneven": (0, 100, 101, 150), "one row each but one": (0, 1, 149, 150)},
 }
-
-
-@pytest.fixture(scope="module", params=[2, 3], ids=["2 processes", "3 processes"])
-def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    processes = Ranks(request.param)
-    yield processes
-    processes.close()
 
 
 # --- in the processes ---
