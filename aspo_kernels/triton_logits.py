@@ -164,8 +164,10 @@ def _backward_kernel(
         g_row = 0.0
         for k in range(first, last):
             n = _token(order_ptr, k, HAS_ROWS)
-            logp = tl.load(statistics_ptr + 2 * n + 1)
-            g_row += tl.load(grad_ptr + n) * inv_temperature + (logp - logp)  # one NaN makes the whole row NaN
+            g_row += tl.load(grad_ptr + n) * inv_temperature
+            if HAS_ROWS:  # the NaN of any of its tokens makes the row NaN
+                logp = tl.load(statistics_ptr + 2 * n + 1)
+                g_row += logp - logp
         n = _token(order_ptr, first, HAS_ROWS)  # any token of the row serves as its reference
         z_target = tl.load(statistics_ptr + 2 * n)  # not from the logits: they may be overwritten below
         logp = tl.load(statistics_ptr + 2 * n + 1)
@@ -179,7 +181,9 @@ def _backward_kernel(
             n = _token(order_ptr, k, HAS_ROWS)
             target = tl.load(targets_ptr + n)
             logp = tl.load(statistics_ptr + 2 * n + 1)
-            d_target = g_row - g_row
+            d_target = 0.0
+            if HAS_ROWS:
+                d_target += g_row - g_row
             for j in range(first, last):
                 other = _token(order_ptr, j, HAS_ROWS)
                 hit = tl.load(targets_ptr + other) == target
