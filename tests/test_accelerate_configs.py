@@ -5,7 +5,6 @@ There is no GPU here: GPUs' files are started with fewer processes, which meet o
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,9 +43,16 @@ def answers(*commands: list[str]) -> list[dict]:
     with ended(*started):
         printed = [process.communicate(timeout=SECONDS) for process in started]
     assert all(process.returncode == 0 for process in started), "\n".join(err[-3000:] for _, err in printed)
-    return sorted(
-        (json.loads(x) for out, _ in printed for x in re.findall(r"\{.*?\}", out)), key=lambda x: x.get("rank", 0)
-    )
+    return sorted((x for out, _ in printed for x in objects(out)), key=lambda x: x.get("rank", 0))
+
+
+def objects(printed: str) -> list[dict]:
+    """The JSON objects in what processes printed, whose lines may run into each other."""
+    found, end = [], 0
+    while (start := printed.find("{", end)) >= 0:
+        read, end = json.JSONDecoder().raw_decode(printed, start)
+        found.append(read)
+    return found
 
 
 def test_all_are_here():
@@ -187,7 +193,7 @@ def test_slurm_script_starts_a_launcher_on_each_node(tmp_path, fails):
             printed, errors = job.communicate(timeout=SECONDS)
     assert (job.returncode != 0) == fails, errors[-2000:]
     assert ("exitcode  : 3" in errors) == fails
-    found = sorted((json.loads(line) for line in re.findall(r"\{.*\}", printed)), key=lambda x: x["rank"])
+    found = sorted(objects(printed), key=lambda x: x["rank"])
     if not fails:
         assert [(x["rank"], x["of"]) for x in found] == [(0, "2"), (1, "2")]
         assert all(x["arguments"] == ["train", *arguments] for x in found)

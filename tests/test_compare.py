@@ -366,7 +366,7 @@ class Work:
             _fake_run(task)
         else:
             task.marker.parent.mkdir(parents=True, exist_ok=True)
-            task.marker.write_text("{}")
+            task.marker.write_text('{"seconds": 1.0}')
         return {"name": name, "seconds": 1.0, "error": None}
 
 
