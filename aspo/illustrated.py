@@ -8,10 +8,9 @@ place, with its positions.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from aspo.prompts import Prompt, rendered, tokenizer_of
+from aspo.prompts import PROBE, Prompt, rendered, template_of, tokenizer_of
 from aspo.validate import IMAGE_PLACEHOLDER, image_marks, response_text
 
-_PROBE = "ASPOresponseASPO"
 Span = tuple[int, int]
 
 
@@ -106,19 +105,16 @@ def _positions(lead: str, mark: str, response: str) -> list[int | None]:
 
 def _image_mark(processor: Any) -> str:
     """What stands for an image within an assistant's message."""
-    tokenizer = tokenizer_of(processor)
-    template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
-    if processor is tokenizer:
+    if processor is tokenizer_of(processor):
         raise ValueError(f"a response holds images, but {type(processor).__name__} has no image processor")
-    if template is None:
+    if template_of(processor) is None:
         return str(getattr(processor, "image_token", ""))  # InstructBLIP's is an AddedToken
-    probe = {"type": "text", "text": _PROBE}
+    probe = {"type": "text", "text": PROBE}
     messages = [
         {"role": "user", "content": [{"type": "text", "text": "?"}]},
         {"role": "assistant", "content": [probe, {"type": "image"}, probe]},
     ]
-    given = template if isinstance(template, str) else None
-    pieces = rendered(processor, messages, chat_template=given).split(_PROBE)
+    pieces = rendered(processor, messages).split(PROBE)
     if len(pieces) != 3 or not pieces[1].strip():
         raise ValueError("the chat template writes no image into an assistant's message: put images into the prompt")
     return pieces[1]

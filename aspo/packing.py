@@ -7,7 +7,6 @@ share their prefix) or for each response.
 
 from __future__ import annotations
 
-import itertools
 import random
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from transformers.trainer_utils import has_length
 from aspo.even_batches import EvenStream, even, with_placeholders
 from aspo.folder import row_name
 from aspo.lengths import Length, reading_widths, row_lengths
+from aspo.streams import endless
 
 PADDED_WINDOW = 1024  # rows that are sorted by length together: larger ones pad hardly less, and mix rows less
 
@@ -170,28 +170,6 @@ class LengthGroups(LengthGroupedSampler):
         self.generator.manual_seed(self.seed + epoch)
 
 
-class Passes(IterableDataset):
-    """The batches of a stream's loader, pass after pass without end: to Trainer one epoch.
-
-    Trainer counts the steps of a stream without a length over the whole run. Where a pass ended, it would leave the
-    gradient of an incomplete accumulation window to the next step, and it would go on after an interruption as if the
-    first pass had gone on. Ends where a pass has no batch.
-    """
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[Any]:
-        for number in itertools.count():
-            self.loader.set_epoch(number)
-            empty = True
-            for batch in self.loader:
-                empty = False
-                yield batch
-            if empty:
-                return
-
-
 # ---- inside Trainer ----
 
 
@@ -217,7 +195,7 @@ class TokenBatches(Trainer):
             loader = super().get_train_dataloader()
             if not isinstance(self.train_dataset, IterableDataset) or has_length(loader):
                 return loader
-            return DataLoader(Passes(loader), batch_size=None, collate_fn=lambda batch: batch)
+            return endless(loader)
         in_order = self.args.train_sampling_strategy == "sequential"
         batches = self._token_batches(self.train_dataset, None if in_order else self._data_seed)
         self._rows_per_batch = sum(map(len, batches.batches)) / max(len(batches), 1)

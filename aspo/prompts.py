@@ -13,7 +13,7 @@ from aspo.validate import IMAGE_PLACEHOLDER
 
 Row = Mapping[str, Any]
 PREPENDS_IMAGES = {"InstructBlipProcessor"}  # processors that put the image tokens in front of the text themselves
-_PROBE = "ASPOresponseASPO"  # stands for a response, to see what a chat template writes around one
+PROBE = "ASPOresponseASPO"  # stands for a response, to see what a chat template writes around one
 # Fewest and most images of a prompt, where a processor does not say so itself: PaliGemma's writes BOS into the middle
 # of a prompt without images, InstructBLIP's puts one image in front of each.
 NUMBER_OF_IMAGES = {"InstructBlipProcessor": (1, 1), "PaliGemmaProcessor": (1, None)}
@@ -54,7 +54,7 @@ def encode_prompt(processor: Any, prompt: str | Sequence[Mapping[str, Any]], ima
         wanted = "exactly one image" if most == 1 else "at least one image"
         raise ValueError(f"{len(images)} images, but {type(processor).__name__} needs {wanted}: drop the row")
     messages = _messages(prompt, len(images))
-    template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+    template = template_of(processor)
     if template is None:
         if not isinstance(prompt, str):
             raise ValueError(
@@ -68,10 +68,9 @@ def encode_prompt(processor: Any, prompt: str | Sequence[Mapping[str, Any]], ima
     else:
         if processor is tokenizer:
             messages = [{**m, "content": "".join(part["text"] for part in m["content"])} for m in messages]
-        answer = {"role": "assistant", "content": _PROBE if processor is tokenizer else [_text_part(_PROBE)]}
-        given = template if isinstance(template, str) else None
-        text = rendered(processor, messages, chat_template=given, add_generation_prompt=True)
-        before, probe, end = rendered(processor, [*messages, answer], chat_template=given).partition(_PROBE)
+        answer = {"role": "assistant", "content": PROBE if processor is tokenizer else [_text_part(PROBE)]}
+        text = rendered(processor, messages, add_generation_prompt=True)
+        before, probe, end = rendered(processor, [*messages, answer]).partition(PROBE)
         if not probe:
             raise ValueError("the chat template leaves out the assistant's message; training needs a template with it")
         lead = before.removeprefix(text) if before.startswith(text) else ""
@@ -81,10 +80,17 @@ def encode_prompt(processor: Any, prompt: str | Sequence[Mapping[str, Any]], ima
     return Prompt(text, lead, end, add_special_tokens=not writes_bos)
 
 
+def template_of(processor: Any) -> Any:
+    """The chat template: the processor's or its tokenizer's, a text or texts by name; None where there is none."""
+    return getattr(processor, "chat_template", None) or getattr(tokenizer_of(processor), "chat_template", None)
+
+
 def rendered(processor: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
     """What the chat template makes of the messages. Raises ValueError with its own words where it refuses them."""
+    template = template_of(processor)
+    given = template if isinstance(template, str) else None
     try:
-        text: str = processor.apply_chat_template(messages, tokenize=False, **options)
+        text: str = processor.apply_chat_template(messages, tokenize=False, chat_template=given, **options)
     except jinja2.TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(f"the chat template refuses messages of {roles}: {error}; change the prompt") from error

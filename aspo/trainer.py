@@ -288,8 +288,9 @@ class AspoTrainer(WholeCheckpoints, TokenBatches):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Trainer's, which under DeepSpeed casts all floats to the model's type; right for the model's own inputs, but
         log-probabilities, similarities and weights stay fp32."""
-        kept = {name: value.to(self.args.device) for name, value in inputs.items() if isinstance(value, Tensor)}
-        return {**super()._prepare_inputs(inputs), **kept}
+        kept = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        others = super()._prepare_inputs({name: value for name, value in inputs.items() if name not in kept})
+        return others | {name: value.to(self.args.device) for name, value in kept.items()}
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int | Tensor:
         """Pairs of the accumulation window, in all processes."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from callbacks import StopAt
 from safetensors.torch import load_file
 from tiny import tiny_llava, tiny_rows
-from transformers import TrainerCallback
 
 from aspo import cli
 from aspo.checkpoints import checkpoints, last_checkpoint
@@ -55,17 +55,6 @@ def test_a_run_killed_before_its_final_save_has_the_best_model_too(place, tmp_pa
     assert [path.name for path in checkpoints(out)] == ["checkpoint-1", "checkpoint-2"]
     assert json.loads((out / "run.json").read_text())["steps"] == 2
     assert json.loads((out / "log_history.json").read_text())[: len(history)] == history
-
-
-class StopAt(TrainerCallback):
-    """As `aspo.resume.Interrupt` stops a run."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_save = control.should_training_stop = True
 
 
 def test_the_checkpoint_of_an_interrupt_stays_beside_the_best_one(place, tmp_path):

@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from callbacks import StopAt
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -248,15 +249,6 @@ class Model(nn.Module):
 
     def forward(self, ids):
         return {"loss": self.weight * ids.sum()}
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_save = control.should_training_stop = True
 
 
 def trainer(folder, rows, callbacks=(), **options):

@@ -11,8 +11,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from aspo.data import tokenizer_of
 from aspo.model import base_model
+from aspo.prompts import template_of, tokenizer_of
 from aspo.reference.logp_cache import HASHED
 
 PLAIN_ROUTE = "one response a row"
@@ -63,7 +63,7 @@ def processor_settings(model: nn.Module, processor: Any) -> dict[str, str]:
         "image processor": _hashed(parts.pop("image_processor", None)),
         "processor": _hashed(_without(parts, {"processor_class"})),
         "tokenizer": _hashed(_vocabulary(tokenizer)),
-        "chat template": _hashed(getattr(processor, "chat_template", None) or tokenizer.chat_template),
+        "chat template": _hashed(template_of(processor)),
     }
 
 
