@@ -36,6 +36,7 @@ token budget that fit into --memory. With --gpus: what each GPU holds and sends,
 what it costs, and what is in the way. Those times follow from published figures of the GPU and the stated shares of
 them; they are no measurement (docs/scaling.md)."""
 T = TypeVar("T")
+DEFAULT_SIZE = 336  # pixels of an image, of a tower that reads images at their own size
 SMALLEST = {"response_tokens": 1, "prompt_tokens": 1, "per_device_train_batch_size": 1, "image_size": 1, "images": 0}
 FIGURES = {
     "memory": "GB", "tflops": "TFLOP/s in bf16, dense", "hbm": "TB/s of its memory",
@@ -108,10 +109,10 @@ def run(args: argparse.Namespace) -> int:
         return _run_job(args, cluster)
     config = _settings(args, args.dtype)
     model = meta_model(_named(args.model), config)
-    size = _image_size(args, base_model(model).config)
-    image_tokens = _image_tokens(args.model, args.images, size)
+    own = _own_size(args, base_model(model).config)
+    image_tokens = _image_tokens(args, own)
     step = _step(args, image_tokens)
-    images = (args.images, size)
+    images = _images(args, own)
     memory = predict(model, step, *images)
     reference = 0 if config.use_lora or step.cached_reference else memory.weights  # a frozen copy
     print(_report(step, memory, reference, image_tokens))
@@ -174,12 +175,12 @@ def _tried(wrong: list[str], function: Callable[[], T]) -> T | None:
 
 def _run_job(args: argparse.Namespace, cluster: Cluster) -> int:
     config = _named(args.model)
-    size = _image_size(args, config)
-    image_tokens = _image_tokens(args.model, args.images, size)
+    own = _own_size(args, config)
+    image_tokens = _image_tokens(args, own)
     on_gpu = args.dtype or ("float32" if args.no_use_lora else "bfloat16")  # as `aspo train` keeps weights there
     plan = make_plan(
         config, _settings(args, on_gpu), _step(args, image_tokens), cluster, args.strategy, args.pairs,
-        shards=args.dp_shard_size, images=(args.images, size), image_tokens=image_tokens,
+        shards=args.dp_shard_size, images=_images(args, own), image_tokens=image_tokens,
     )  # fmt: skip
     print(report(plan, args.price))
     return 0
@@ -215,27 +216,40 @@ def _named(name: str) -> Any:
         raise ValueError(f"{error}; known without a hub: {', '.join(ARCHITECTURES)}{near}") from error
 
 
-def _image_size(args: argparse.Namespace, config: Any) -> int:
+def _own_size(args: argparse.Namespace, config: Any) -> int | None:
+    """Pixels of the side that the vision tower reads, whatever the image's; None where it reads images at their own."""
     if args.model in ARCHITECTURES:
-        size = ARCHITECTURES[args.model][1]
-        if args.image_size not in (None, size):
-            raise ValueError(f"--image-size is {args.image_size}, but {args.model} is planned with {size} pixels")
-        return size
-    own_size = getattr(getattr(config, "vision_config", None), "image_size", None)
-    return args.image_size or (own_size if isinstance(own_size, int) else 336)
+        return ARCHITECTURES[args.model][1]
+    size = getattr(getattr(config, "vision_config", None), "image_size", None)
+    return size if isinstance(size, int) else None
 
 
-def _image_tokens(name: str, images: int, size: int) -> int:
-    """Tokens that a prompt's images become."""
-    if not images:
+def _images(args: argparse.Namespace, own: int | None) -> tuple[int, int]:
+    """How many each pair has, and the pixels of a side that the tower reads."""
+    return args.images, own or args.image_size or DEFAULT_SIZE
+
+
+def _image_tokens(args: argparse.Namespace, own: int | None) -> int:
+    """Tokens that a prompt's images become. Raises ValueError where --image-size would change nothing."""
+    if not args.images:
         return 0
-    if name in ARCHITECTURES:
-        return images * IMAGE_TOKENS
-    processor = trust.pretrained(AutoProcessor, resolve_model(name))
+    count = _counter(args)
+    tokens = count(args.image_size or own or DEFAULT_SIZE)
+    if own is not None and args.image_size not in (None, own) and tokens == count(own):
+        wrong = f"--image-size is {args.image_size}, but {args.model} is planned with {own} pixels"
+        raise ValueError(f"{wrong}, whatever an image's size: leave it out")
+    return tokens
+
+
+def _counter(args: argparse.Namespace) -> Callable[[int], int]:
+    """From an image's pixels a side to the tokens of a prompt's images."""
+    if args.model in ARCHITECTURES:
+        return lambda size: args.images * IMAGE_TOKENS
+    processor = trust.pretrained(AutoProcessor, resolve_model(args.model))
     if not hasattr(processor, "image_processor"):
-        raise ValueError(f"--images is {images}, but {name} reads text only: pass --images 0")
-    marks = images  # one token each in the prompt's text, which image_tokens leaves out
-    return PromptLength(processor).image_tokens([(size, size)] * images) + marks
+        raise ValueError(f"--images is {args.images}, but {args.model} reads text only: pass --images 0")
+    length, marks = PromptLength(processor), args.images  # marks are in the prompt's text: image_tokens leaves them out
+    return lambda size: length.image_tokens([(size, size)] * args.images) + marks
 
 
 def _report(step: Step, memory: Memory, reference: int, image_tokens: int) -> str:

@@ -199,7 +199,8 @@ def faked(model: nn.Module) -> Iterator[FakeTensorMode]:
 def predict(model: Any, step: Step, images: int = 0, image_size: int = 0, drop_gradients: bool = False) -> Memory:
     """Run a step on a meta model (`meta_model`) without memory.
 
-    images: of each pair, square ones of `image_size` pixels, for the frozen tower's features (0: left out).
+    images: of each pair, square ones of `image_size` pixels a side as the frozen tower reads them, for its features
+        (0: left out).
     drop_gradients: each gradient is freed where it is made, as it is where gradients are kept in shards; `peak` and
     `trained` are then those of one process no more.
     """

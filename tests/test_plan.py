@@ -239,6 +239,10 @@ def test_the_prefix_changes_the_plan(folder, capsys):
 def test_images_that_the_model_cannot_have(tmp_path, capsys):
     refused = planned(capsys, "--model", "llava-1.5-7b", "--image-size", 448)
     assert "--image-size is 448, but llava-1.5-7b is planned with 336 pixels" in refused
+    refused = planned(capsys, "--model", "world", "--image-size", 96)
+    assert "--image-size is 96, but world is planned with 72 pixels, whatever an image's size" in refused
+    same = planned(capsys, "--model", "world", "--image-size", 72)
+    assert same == planned(capsys, "--model", "world") and "image features" in same
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=400, **small)).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
