@@ -1,5 +1,6 @@
 """Settings for every test: one thread, reproducible property tests, and a switch that poisons unwritten memory."""
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -50,6 +51,14 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def device() -> str:
     """Where the Triton kernels run: compiled on a GPU where there is one, else interpreted on the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def frozen_modules() -> Iterator[None]:
+    """Models are cyclic garbage, and Trainer collects it after a run: quickly without all imported modules in sight."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 processes", "3 processes"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aspo_kernels import linear_logps, reference, tiles
 
@@ -130,3 +130,16 @@ def check_missing_targets(problem: Problem, function: Any, needs: tuple[bool, bo
         assert d_hidden[bad].isnan().all()
         assert torch.equal(d_hidden[~bad], expected_d_hidden[~bad])
     assert all(gradient.isnan().all() for gradient in of_head if gradient is not None)
+
+
+class Policy(nn.Module):
+    """A model that ends in hidden states, and a head beside it, alike in all processes: what sharded heads train."""
+
+    def __init__(self, hidden: int, vocabulary: int, bias: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(5, hidden), nn.Tanh(), nn.Linear(hidden, hidden))
+        self.head = nn.Linear(hidden, vocabulary, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)

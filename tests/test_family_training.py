@@ -3,10 +3,8 @@
 import aspo  # noqa: F401  first: it makes torchvision importable on a CPU torch
 
 # isort: split
-import gc
 import math
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,12 +20,7 @@ QUICK = ("LLaVA-1.5", "InstructBLIP", "Qwen2.5-VL")
 every_way = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def frozen_modules() -> Iterator[None]:
-    """Trainer collects garbage after a run, which takes longer than the run with all imported modules in sight."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("frozen_modules")
 
 
 @every_family

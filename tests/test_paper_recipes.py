@@ -1,7 +1,6 @@
 """The recipes with the papers' settings: each parses, says what is whose, and runs for two steps on a small model."""
 
 import aspo  # isort: skip  # noqa: F401  (first: it makes torchvision importable on a CPU torch)
-import gc
 import json
 import math
 from pathlib import Path
@@ -37,12 +36,7 @@ def named(path):
     return path.stem
 
 
-@pytest.fixture(scope="module", autouse=True)
-def frozen_modules():
-    """Trainer collects garbage after a run, which takes longer than the run with all imported modules in sight."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("frozen_modules")
 
 
 def test_every_model_of_the_papers_has_a_recipe():

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from problems import Policy
 from ranks import Ranks
 from test_sequence_parallel import EXACT, HIDDEN, VOCABULARY, Case, noise
-from torch import Tensor, nn
+from torch import Tensor
 
 from aspo_kernels import SentenceLayout, SequenceShard, gather_head, linear_logps_pair, objectives, sentence_dpo_loss
 from aspo_kernels.vocabulary import VocabularyShard
@@ -106,19 +107,6 @@ def test_sequence_by_vocabulary(four, objective):
 # --- heads stored by FSDP2 ---
 
 
-class Policy(nn.Module):
-    """A model that ends in hidden states, and a head beside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Linear(5, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN))
-        self.head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
-
-
 def batch_of(index: int) -> tuple[Tensor, SentenceLayout, Tensor, Tensor]:
     """Inputs (R, T, 5), the layout, cached reference log-probabilities and similarities of one of the batches."""
     labels = torch.randint(VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(index))
@@ -136,7 +124,7 @@ def train_one_step(storage: str, frozen: bool) -> Any:
     mesh = mesh_of("data", "sequence")
     # As accelerate does, cut over data and sequence; or HSDP: copied over the first, cut over the second.
     stored = mesh["data", "sequence"]._flatten("data_sequence") if storage == "flat" else mesh
-    policy = Policy()
+    policy = Policy(HIDDEN, VOCABULARY, bias=False)
     policy.head.requires_grad_(not frozen)
     fully_shard(policy.head, mesh=stored)
     fully_shard(policy, mesh=stored)
@@ -154,7 +142,7 @@ def train_one_step(storage: str, frozen: bool) -> Any:
 
 @pytest.mark.parametrize(("storage", "frozen"), list(product(["flat", "hybrid"], [True, False])))
 def test_fsdp_trains_as_one_process_does(four, storage, frozen):
-    policy = Policy()
+    policy = Policy(HIDDEN, VOCABULARY, bias=False)
     policy.head.requires_grad_(not frozen)
     losses = []
     for index in range(BATCHES):

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from problems import Problem, check_gradients, check_logps
+from problems import Policy, Problem, check_gradients, check_logps
 from test_vocabulary_parallel import error_of
-from torch import Tensor, nn
+from torch import Tensor
 
 from aspo_kernels import SentenceLayout, linear_logps, sentence_dpo_loss
 from aspo_kernels.vocabulary import VocabularyShard, gather_head
@@ -50,19 +50,6 @@ class Collectives:
 # --- FSDP: each process its own tokens ---
 
 
-class Policy(nn.Module):
-    """A model that ends in hidden states, and a head beside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Linear(5, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN))
-        self.head = nn.Linear(HIDDEN, VOCABULARY)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
-
-
 def batch_of(rank: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn(TOKENS, 5, generator=generator)
@@ -72,7 +59,7 @@ def batch_of(rank: int) -> tuple[Tensor, Tensor]:
 def train_one_step(frozen: bool) -> Any:
     from torch.distributed.fsdp import fully_shard
 
-    policy = Policy()
+    policy = Policy(HIDDEN, VOCABULARY)
     policy.head.requires_grad_(not frozen)
     fully_shard(policy.head)
     fully_shard(policy)
@@ -90,7 +77,7 @@ def train_one_step(frozen: bool) -> Any:
 
 
 def one_process(size: int, frozen: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    policy = Policy()
+    policy = Policy(HIDDEN, VOCABULARY)
     policy.head.requires_grad_(not frozen)
     x, targets = (torch.cat(parts) for parts in zip(*map(batch_of, range(size)), strict=True))
     logps = linear_logps(policy(x), policy.head.weight, targets, bias=policy.head.bias)

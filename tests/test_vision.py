@@ -4,9 +4,7 @@ import aspo  # noqa: F401  first: it makes torchvision importable on a CPU torch
 
 # isort: split
 import copy
-import gc
 import itertools
-from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -36,12 +34,7 @@ CHECK = 3  # entries that run once for each tower, to see that it can be cut
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}  # other batch sizes make other roundings
 
 
-@pytest.fixture(scope="module", autouse=True)
-def frozen_modules() -> Iterator[None]:
-    """Models are cyclic garbage; without the imported modules in sight it is found quickly."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("frozen_modules")
 
 
 @pytest.fixture
