@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from interval_coverage import ACCURACY, coverage, table
+from safetensors import safe_open
 from safetensors.numpy import save_file
 from tiny import tiny_llava, tiny_rows
 
@@ -131,6 +132,7 @@ def _declared(tmp_path, **changes):
         ({"grid": {"beta": [1]}}, "grid: unknown key 'beta'"),
         ({"form": {"token": 1}}, "form: unknown key 'token'"),
         ({"primary": "minimal_pairs"}, "unknown figure 'minimal_pairs'"),
+        ({"primary": "tokens"}, "primary is tokens, of which neither more nor less is better"),
         ({"comparisons": [{"system": "A", "against": "B", "direction": "up"}]}, "unknown direction 'up'"),
         ({"comparisons": [{"system": "A", "direction": "none"}]}, "needs system, against and direction"),
         ({"comparisons": {"system": "A"}}, "comparisons is .*must be a list"),
@@ -283,6 +285,9 @@ def test_the_best_is_chosen_and_of_equals_the_smallest_step(tmp_path):
     assert choose(runs, STARTED, declared) == (runs[2], True)
     bad = [_result(0.5, 3e-4, eos=0.0), _result(0.6, 2e-4, eos=0.0)]
     assert choose(bad, STARTED, declared) == (bad[1], False)
+    lower = _declared(tmp_path, primary="hallucinated_sentences")
+    fewer = [_result(0.5, 1e-4), _result(0.5, 3e-4, hallucinated_sentences=0.2)]
+    assert choose(fewer, STARTED, lower) == (fewer[1], True)
 
 
 def test_every_system_gets_the_same_grid(tmp_path):
@@ -465,6 +470,44 @@ def test_a_failure_is_told_and_the_others_go_on(tmp_path, work, capsys):
     work.fail = ("DPO",)
     with pytest.raises(ValueError, match="baseline 'DPO' is not complete"):
         compare.run(_arguments(tmp_path, "--seeds", 4))
+
+
+def test_answers_without_a_sentence_cost_neither_grid_nor_table(tmp_path, monkeypatch):
+    """A collapsed run has no rate of hallucinated sentences, and a baseline that says nothing covers nothing."""
+    undefined = ("hallucinated_sentences", "unparseable", "duplicate")
+
+    def collapse(run):
+        result = json.loads(run.result.read_text())
+        result["summary"] |= {**dict.fromkeys(undefined), "coverage": 0.0, "tokens": 1.0}
+        result["extra"]["kl"] = math.nan
+        run.result.write_text(json.dumps(result))
+        with safe_open(run.folder / compare_work.COUNTS, framework="numpy") as file:
+            names, metadata = json.loads(file.metadata()["names"]), file.metadata()
+            counts = file.get_tensor("counts")
+        for name in ("checkable_sentences", "false_sentences", "covered_facts", "sentences"):
+            counts[:, names.index(name)] = 0
+        save_file({"counts": counts}, run.folder / compare_work.COUNTS, metadata=metadata)
+
+    class Collapsing(Work):
+        def __call__(self, task):
+            done = super().__call__(task)
+            if hasattr(task, "system") and task.system.name == "DPO":
+                collapse(task)
+            return done
+
+    monkeypatch.setattr(compare, "work", Collapsing())
+    matched = [{"system": "ASPO at DPO's KL", "recipe_of": "ASPO", "kl_of": "DPO"}]
+    _declared(tmp_path, matched=matched, grid={**DECLARED["grid"], "seed": [100, 101]})
+    assert compare.run(_arguments(tmp_path, "--grid")) == 0
+    out = tmp_path / "out"
+    assert "| nan |" in (out / "grid.md").read_text()
+    assert "# No run kept its form: DPO; ASPO\n" in (out / "chosen.yaml").read_text()
+    json.loads((out / "grid.json").read_text(), parse_constant=pytest.fail)
+    _declared(tmp_path)
+    assert compare.run(_arguments(tmp_path, "--seeds", 2)) == 0
+    table = json.loads((out / "table.json").read_text(), parse_constant=pytest.fail)
+    assert table["systems"]["DPO"]["hallucinated_sentences"]["value"] is None
+    assert table["systems"]["DPO"]["coverage"]["value"] == 0.0 and table["form_kept"]["DPO"] == 0
 
 
 def test_settings_must_be_chosen_and_one_works_at_a_time(tmp_path, work):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fcntl
-import json
 import multiprocessing
 import shutil
 import sys
@@ -36,7 +35,15 @@ from aspo.compare.plan import (
     systems_of,
 )
 from aspo.compare.table import markdown
-from aspo.compare.work import is_done, read_counts, single_thread_environment, start_worker, task_name, work
+from aspo.compare.work import (
+    is_done,
+    read_counts,
+    read_result,
+    single_thread_environment,
+    start_worker,
+    task_name,
+    work,
+)
 from aspo.recipes.command import Planned
 from aspo.recipes.recipe import require_known
 from aspo.yaml_files import read_yaml
@@ -132,7 +139,7 @@ def grid(args: argparse.Namespace, declared: Declared, systems: Sequence[System]
         runs = [runs_of(system) for system in wanted]
         failed.extend(execute([run for of in runs for run in of], args))
         return {
-            (of[0].system.name, as_key(of[0].system.settings)): merged([json.loads(r.result.read_text()) for r in of])
+            (of[0].system.name, as_key(of[0].system.settings)): merged([read_result(run) for run in of])
             for of in runs
             if all(is_done(run) for run in of)
         }

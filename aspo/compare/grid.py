@@ -24,7 +24,9 @@ from typing import Any
 import yaml
 
 from aspo.compare.plan import START, Declared, System
+from aspo.evaluation.metrics import BY_NAME
 from aspo.recipes.recipe import Recipe
+from aspo.resume import write_json
 from aspo_kernels import objectives
 
 KL_TOLERANCE = 0.15  # of the divergence that a matched system is to have; its own standard error is about that
@@ -73,25 +75,22 @@ def keeps_form(result: Result, start: Result, form: Mapping[str, float]) -> list
     if "each" in result:
         return [f"{lost} in seed {r['seed']}" for r in result["each"] for lost in keeps_form(r, start, form)]
     new, old = result["summary"], start["summary"]
-    lost = []
-    if new["unparseable"] > form["unparseable"]:
-        lost.append(f"unparseable {new['unparseable']:.3f}")
-    if new["duplicate"] > old["duplicate"] + form["duplicate"]:
-        lost.append(f"duplicate {new['duplicate']:.3f}")
-    if new["eos"] < form["eos"]:
-        lost.append(f"eos {new['eos']:.3f}")
-    if abs(new["tokens"] / old["tokens"] - 1) > form["tokens"]:
-        lost.append(f"tokens {new['tokens']:.1f}")
-    if new["coverage"] < form["coverage"] * old["coverage"]:
-        lost.append(f"coverage {new['coverage']:.3f}")
-    return lost
+    kept = {
+        "unparseable": new["unparseable"] <= form["unparseable"],
+        "duplicate": new["duplicate"] <= old["duplicate"] + form["duplicate"],
+        "eos": new["eos"] >= form["eos"],
+        "tokens": abs(new["tokens"] - old["tokens"]) <= form["tokens"] * old["tokens"],
+        "coverage": new["coverage"] >= form["coverage"] * old["coverage"],
+    }  # False where a figure is undefined, NaN: no answer has a sentence
+    return [f"{name} {new[name]:.{1 if name == 'tokens' else 3}f}" for name, holds in kept.items() if not holds]
 
 
 def choose(results: Sequence[Result], start: Result, declared: Declared) -> tuple[Result, bool]:
     """(the run that the rule picks, whether it keeps its form)."""
     kept = [result for result in results if not keeps_form(result, start, declared.form)]
+    sign = -1 if BY_NAME[declared.primary].better == "higher" else 1
     if kept:
-        return min(kept, key=lambda r: (-r["summary"][declared.primary], _rate(r["settings"]))), True
+        return min(kept, key=lambda r: (sign * r["summary"][declared.primary], _rate(r["settings"]))), True
     return min(results, key=lambda r: _rate(r["settings"])), False
 
 
@@ -142,6 +141,8 @@ def run_grid(
             continue
         twin = next(system for system in systems if system.name == name)
         target = picks[entry["kl_of"]][0]["extra"]["kl"]
+        if not target > 0:  # NaN: all of its answers are empty
+            continue
         own = picks[entry["recipe_of"]][0]
         known = [r for r in by_system[entry["recipe_of"]] if _same_beta(r, own)]
         found = match_kl(twin, target, known, run_all)
@@ -169,13 +170,13 @@ def match_kl(
 ) -> list[Result]:
     """Runs of `system` whose divergence comes ever closer to `target`, by log-log interpolation over learning rates."""
     key = next(name for name in known[0]["settings"] if name in LEARNING_RATE.values())
-    points = {_rate(r["settings"]): r["extra"]["kl"] for r in known}
+    points = {_rate(r["settings"]): r["extra"]["kl"] for r in known if r["extra"]["kl"] > 0}  # NaN: empty answers
     made: list[Result] = []
-    for _ in range(MATCH_TRIES):
+    for _ in range(MATCH_TRIES if points else 0):
         settings = {**known[0]["settings"], key: next_rate(points, target)}
         tried = System(system.name, system.recipe, settings)
         result = run_all([tried]).get((tried.name, as_key(settings)))
-        if result is None:
+        if result is None or not result["extra"]["kl"] > 0:
             break
         made.append(result)
         points[settings[key]] = result["extra"]["kl"]
@@ -185,10 +186,13 @@ def match_kl(
 
 
 def next_rate(points: Mapping[float, float], target: float) -> float:
-    """The learning rate at which the divergence would be `target`: interpolated, or 1.5 times beyond the last known."""
+    """The learning rate at which the divergence would be `target`: interpolated, or 1.5 times beyond the last known.
+
+    points: learning rate -> divergence, both positive.
+    """
     ordered = sorted(points.items())
     for (low, kl_low), (high, kl_high) in itertools.pairwise(ordered):
-        if min(kl_low, kl_high) <= target <= max(kl_low, kl_high) and kl_low > 0 and kl_high > 0 and kl_low != kl_high:
+        if min(kl_low, kl_high) <= target <= max(kl_low, kl_high) and kl_low != kl_high:
             share = math.log(target / kl_low) / math.log(kl_high / kl_low)
             return float(f"{low * (high / low) ** share:.3g}")
     rate, divergence = ordered[-1] if target > ordered[-1][1] else ordered[0]
@@ -224,7 +228,8 @@ def _write(
                 f"{'' if result is not picks[name][0] else 'chosen, at the edge' if name in edge else 'chosen'} |"
             )
     (out / "grid.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (out / "grid.json").write_text(json.dumps({"start": start, "runs": by_system}, indent=1) + "\n", encoding="utf-8")
+    whole = json.dumps({"start": start, "runs": by_system})
+    write_json(out / "grid.json", json.loads(whole, parse_constant=lambda _: None))  # NaN -> null
     path = out / "chosen.yaml"
     where = f"{start['scenes']} scenes of {declared.validation.data}"
     head = f"# Chosen by `aspo compare --grid` on {where}, by the rule of docs/evidence.md\n"

@@ -12,6 +12,7 @@ from typing import Any
 from aspo.compare.grid import Result, keeps_form
 from aspo.compare.plan import START, Declared, Run, first_data
 from aspo.compare.statistics import Interval, Table, holm, interval, resampled, seed_interval
+from aspo.compare.work import read_result
 from aspo.evaluation.figures import Figure
 from aspo.evaluation.metrics import available
 
@@ -124,7 +125,7 @@ class Outcome:
         """Whether a system's coverage and length are both within 2 % of the baseline's."""
         base = self.systems[self.declared.baseline]
         return {
-            name: all(abs(by[f].value / base[f].value - 1) <= FAIR for f in ("coverage", "tokens"))
+            name: all(abs(by[f].value - base[f].value) <= FAIR * base[f].value for f in ("coverage", "tokens"))
             for name, by in self.systems.items()
         }
 
@@ -157,7 +158,7 @@ def analyse(
         declared,
         scenes,
         figures,
-        {name: [json.loads(run.result.read_text(encoding="utf-8")) for run in of] for name, of in runs.items()},
+        {name: [read_result(run) for run in of] for name, of in runs.items()},
         {name: {f.name: interval(by[f.name], seeds) for f in figures} for name, by in values.items()},
         {
             name: {f.name: difference(name, declared.baseline, f.name) for f in figures}

@@ -97,20 +97,7 @@ def load_declared(path: str | Path) -> Declared:
     for key, value in values["form"].items():
         _need_number(path, f"form: {key}", value, 0, whole=False)
     values["form"] = {**FORM, **values["form"]}
-    for key in ("learning_rate", "beta_times"):
-        found = values["grid"].get(key, [1])
-        if not isinstance(found, list) or not found:
-            raise ValueError(f"{path}: grid: {key} is {found!r}; it must be a list of numbers")
-        for value in found:
-            _need_number(path, f"grid: {key}", value, 0, whole=False)
-    if "seed" in values["grid"]:
-        seed = values["grid"]["seed"]
-        seeds = seed if isinstance(seed, list) and seed else [seed]
-        for value in seeds:
-            _need_number(path, "grid: seed", value, 0)
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"{path}: grid: seed is {seed}; each is to be there once")
-        values["grid"] = {**values["grid"], "seed": seeds}
+    values["grid"] = _grid(path, values["grid"])
     for key, needed, more in (
         ("comparisons", ("system", "against", "direction"), ("expected_by", "reported")),
         ("matched", ("system", "recipe_of", "kl_of"), ()),
@@ -127,7 +114,10 @@ def load_declared(path: str | Path) -> Declared:
         require_known(entry["direction"], DIRECTIONS, f"{path}: unknown direction")
     if not isinstance(values.get("curves", []), list):
         raise ValueError(f"{path}: curves is {values['curves']!r}; it must be a list of systems")
-    require_known(values.get("primary", "minimal_pair_accuracy"), BY_NAME, f"{path}: unknown figure")
+    primary = values.get("primary", "minimal_pair_accuracy")
+    require_known(primary, BY_NAME, f"{path}: unknown figure")
+    if not BY_NAME[primary].better:
+        raise ValueError(f"{path}: primary is {primary}, of which neither more nor less is better: name another figure")
     tuples = {key: tuple(values[key]) for key in ("comparisons", "matched", "curves") if key in values}
     declared = Declared(path=path, **{**values, **tuples})
     _need_apart(declared)
@@ -145,6 +135,25 @@ def _need_number(path: Path, what: str, value: Any, least: float, whole: bool = 
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or value < least:
         hint = " (YAML reads 3e-4 as text: write 3.0e-4)" if isinstance(value, str) and not whole else ""
         raise ValueError(f"{path}: {what} is {value!r}; it must be a {'whole ' * whole}number from {least:g}{hint}")
+
+
+def _grid(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The grid's values, `seed` as a list."""
+    for key in ("learning_rate", "beta_times"):
+        values = found.get(key, [1])
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{path}: grid: {key} is {values!r}; it must be a list of numbers")
+        for value in values:
+            _need_number(path, f"grid: {key}", value, 0, whole=False)
+    if "seed" not in found:
+        return dict(found)
+    seed = found["seed"]
+    seeds = seed if isinstance(seed, list) and seed else [seed]
+    for value in seeds:
+        _need_number(path, "grid: seed", value, 0)
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{path}: grid: seed is {seed}; each is to be there once")
+    return {**found, "seed": seeds}
 
 
 def _scenes(path: Path, key: str, found: Any) -> Scenes:

@@ -83,6 +83,13 @@ def is_done(run: Run) -> bool:
         return False
 
 
+def read_result(run: Run) -> dict[str, Any]:
+    """A finished run's result.json; figures that its answers leave undefined (no sentence parses, say) are NaN."""
+    result: dict[str, Any] = json.loads(run.result.read_text(encoding="utf-8"))
+    result["summary"] = {name: math.nan if value is None else value for name, value in result["summary"].items()}
+    return result
+
+
 def do_run(run: Run) -> None:
     """Train, evaluate, and keep counts.safetensors and, last, result.json in the run's folder."""
     seconds: dict[str, float] = {}  # of this process's work: what else the machine does is not counted
