@@ -235,6 +235,21 @@ def test_hallusionbench_judged(tmp_path, monkeypatch):
     assert figures["judge_unparsed"] == 1 / 8 and items[7]["verdict"] == "unread"
 
 
+def test_a_hard_question_is_right_on_all_its_edited_figures(tmp_path, monkeypatch):
+    # The fixture's, and a third figure for both questions of VD: VD 2 0 is answered rightly (VD 1 0 was not), VD 2 1
+    # wrongly (VD 1 1 was right). Each of VD's questions is then right on one of two: hard is VS 1 0 of 4, as a question
+    # counts once. Alone they would make 3 of 6. The original figure's are what they were.
+    root = files("hallusionbench", tmp_path)
+    rows = json.loads((root / "HallusionBench.json").read_text())
+    edited = [row for row in rows if row["category"] == "VD" and row["figure_id"] == "1"]
+    rows += [{**row, "figure_id": "2", "filename": "./hallusion_bench/VD/illusion/0_2.png"} for row in edited]
+    (root / "HallusionBench.json").write_text(json.dumps(rows))
+    tiny_image(box=(0, 0, 9, 9)).save(root / "hallusion_bench" / "VD" / "illusion" / "0_2.png")
+    figures, items = score(HALLUSION, root, monkeypatch, [*HALLUSION_SAID, "No.", "No."])
+    assert (figures["hallusion_hard"], figures["hallusion_easy"]) == (1 / 4, 3 / 4)
+    assert sum(item["counts"].get("hallusion_hard", 0) for item in items) == 4
+
+
 def test_mmvp(tmp_path, monkeypatch):
     # pair 1: (a) right, b. right; pair 2: "open" right for (a), wrong for (b); pair 3: neither, (b) right
     # pairs 1/3, single questions 1+1 + 1+0 + 0+1 = 4/6, neither option 1/6

@@ -73,7 +73,7 @@ SUITE_GROUPS: dict[str, tuple[Figure, ...]] = {
         ratio("hallusion_qacc", "qAcc: questions on all their figures", "hallusion_q_right", "hallusion_q", "higher"),
         ratio("hallusion_facc", "fAcc: figures with all their questions", "hallusion_f_right", "hallusion_f", "higher"),
         ratio("hallusion_easy", "questions on original figures", "hallusion_easy_right", "hallusion_easy", "higher"),
-        ratio("hallusion_hard", "questions on edited figures", "hallusion_hard_right", "hallusion_hard", "higher"),
+        ratio("hallusion_hard", "questions on all edited figures", "hallusion_hard_right", "hallusion_hard", "higher"),
         ratio("hallusion_uncertain", "uncertain answers", "hallusion_unclear", "hallusion_asked"),
     ),
     "MMVP": (

@@ -82,27 +82,29 @@ def score(row: Row, text: str, replies: Sequence[str] | None) -> Item:
         judged = {"judge_asked": 1, "judge_unread": int(verdict == "unread")}
     lenient = row["own"]["category"] == "VS" and row["original"]
     right = int(verdict == "correct" or (verdict == "unclear" and lenient))
-    kind = "hallusion_easy" if row["original"] else "hallusion_hard"
     counts: Counts = {
         "hallusion_asked": 1,
         "hallusion_right": right,
         "hallusion_unclear": int(verdict == "unclear"),
-        kind: 1,
-        f"{kind}_right": right,
     }
     return {"verdict": verdict, "counts": counts | judged}
 
 
 def group(rows: Sequence[Row], items: Sequence[Item]) -> None:
-    """qAcc: a question right on all its figures; fAcc: a figure with all its questions right (VS without one: none)."""
-    for column, mark in (("question", "hallusion_q"), ("figure", "hallusion_f")):
-        together: dict[str, list[Item]] = {}
-        for row, item in zip(rows, items, strict=True):
-            if mark == "hallusion_q" or not (row["own"]["category"] == "VS" and row["original"]):
-                together.setdefault(row[column], []).append(item)
-        for members in together.values():
-            right = all(item["counts"]["hallusion_right"] for item in members)
-            members[0]["counts"] |= {mark: 1, f"{mark}_right": int(right)}
+    """Counts of what is right as a whole: a question on all its figures, on those of `easy` or of `hard`; a figure.
+
+    easy: the original figure, or none (VS); hard: all the edited ones. VS without a figure counts among no figures.
+    """
+    together: dict[tuple[str, str], list[Item]] = {}
+    for row, item in zip(rows, items, strict=True):
+        marks = {"hallusion_q": "question", "hallusion_easy" if row["original"] else "hallusion_hard": "question"}
+        if not (row["own"]["category"] == "VS" and row["original"]):
+            marks["hallusion_f"] = "figure"
+        for mark, column in marks.items():
+            together.setdefault((mark, row[column]), []).append(item)
+    for (mark, _), members in together.items():
+        right = all(item["counts"]["hallusion_right"] for item in members)
+        members[0]["counts"] |= {mark: 1, f"{mark}_right": int(right)}
 
 
 def answers(rows: Sequence[Row], items: Sequence[Item]) -> Any:
