@@ -40,7 +40,7 @@ def score_rows(
     """The rows with `<column>_sentences` and `<column>_similarity` (raw fp32 cosines) for each response column.
 
     Args:
-        rows: preference rows with one image each. Sentences that a row already has are kept.
+        rows: preference rows, each scored response read with one image. Sentences that a row already has are kept.
         scorer: see `aspo.scorers.load_scorer`.
         cache: file of scores already made; grows as scores are made. None = none.
         known: scores already made, by their keys in such a file; gets the new ones.
@@ -49,7 +49,7 @@ def score_rows(
         progress: called with the number of rows after each batch.
 
     Raises:
-        ValueError: a row without exactly one image, or with a score that is not finite.
+        ValueError: a response that is not read with exactly one image, or has a score that is not finite.
     """
     known = {} if known is None else known
     if cache is not None:
@@ -78,6 +78,12 @@ def _score_lines(scores: Mapping[str, float]) -> list[str]:
     return [json.dumps({"key": key, "similarity": value}) + "\n" for key, value in scores.items()]
 
 
+def images_column(row: Row, column: str) -> str:
+    """The column of the images that a response is read with, as in training: its own, where there are any."""
+    own = f"{column}_images"
+    return own if image_entries(row, own) else "images"
+
+
 def _sentences(row: Row, column: str) -> list[str]:
     text = response_text(row[column])
     return [text[a:b].strip() for a, b in row[f"{column}_sentences"]]
@@ -85,12 +91,15 @@ def _sentences(row: Row, column: str) -> list[str]:
 
 def _cut_and_name(row: dict[str, Any], scorer: Scorer, splitter: Splitter, columns: Sequence[str]) -> dict[str, list]:
     """Give the row its sentences; returns each sentence's key in the cache."""
-    entries = image_entries(row)
-    if len(entries) != 1:
-        raise ValueError(f"{row_name(row)}: it has {len(entries)} images; sentences are scored against exactly one")
-    image = hashlib.sha256(image_bytes(entries[0])).hexdigest()
     keys = {}
     for column in columns:
+        entries = image_entries(row, source := images_column(row, column))
+        if len(entries) != 1:
+            raise ValueError(
+                f"{row_name(row)}: it has {len(entries)} {source.replace('_', ' ')}; sentences are scored against "
+                "exactly one"
+            )
+        image = hashlib.sha256(image_bytes(entries[0])).hexdigest()
         text = response_text(row[column])
         given = row.get(f"{column}_sentences")
         try:
@@ -112,24 +121,25 @@ def _missing_scores(
     columns: Sequence[str],
 ) -> dict[str, float]:
     """key -> similarity for what `known` lacks; each image and each sentence is encoded once."""
-    wanted: dict[str, tuple[int, str]] = {}  # key -> (row, sentence)
+    wanted: dict[str, tuple[tuple[int, str], str]] = {}  # key -> ((row, image column), sentence)
     for n, (row, of_column) in enumerate(zip(batch, keys, strict=True)):
         for column in columns:
+            image = n, images_column(row, column)
             for key, sentence in zip(of_column[column], _sentences(row, column), strict=True):
                 if key not in known:
-                    wanted.setdefault(key, (n, sentence))
+                    wanted.setdefault(key, (image, sentence))
     if not wanted:
         return {}
-    needed = sorted({n for n, _ in wanted.values()})
-    images = scorer.image_features([named(batch[n], load_images, batch[n])[0] for n in needed])
+    needed = sorted({image for image, _ in wanted.values()})
+    images = scorer.image_features([named(batch[n], load_images, batch[n], column)[0] for n, column in needed])
     texts = list(dict.fromkeys(sentence for _, sentence in wanted.values()))
     features = scorer.text_features(texts)
-    image_of, text_of = {n: i for i, n in enumerate(needed)}, {text: i for i, text in enumerate(texts)}
+    image_of, text_of = {image: i for i, image in enumerate(needed)}, {text: i for i, text in enumerate(texts)}
     scores = {}
-    for key, (n, sentence) in wanted.items():
-        value = float(images[image_of[n]] @ features[text_of[sentence]])
+    for key, (image, sentence) in wanted.items():
+        value = float(images[image_of[image]] @ features[text_of[sentence]])
         if not math.isfinite(value):
-            raise ValueError(f"{row_name(batch[n])}: the similarity of {sentence!r} to its image is {value}")
+            raise ValueError(f"{row_name(batch[image[0]])}: the similarity of {sentence!r} to its image is {value}")
         scores[key] = value
     return scores
 

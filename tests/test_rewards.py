@@ -19,8 +19,9 @@ from aspo.folder import write_rows
 from aspo.model import load_model
 from aspo.rewards.analysis import bleu, rouge_l, sentence_truth
 from aspo.rewards.calibrate import answer_rows, calibration_of, judged_scores, summary
-from aspo.rewards.command import add_arguments, run
+from aspo.rewards.command import add_arguments, reward_words, run
 from aspo.rewards.object_words import ObjectVocabulary, judge_words, load_vocabulary
+from aspo.rewards.token_scores import check_apart
 from aspo.rewards.verifier import Calibration, Verifier, auc, calibrate, compare_towers
 from aspo.scorers import load_scorer, transformers_scorer
 from aspo.world import load_clip_hf
@@ -186,6 +187,34 @@ def test_a_similarity_that_is_nan_and_a_wrong_number_of_images_name_the_row():
         verifier.scores([{"id": "seven", "images": [tiny_image()]}], [["A cat."]])
     with pytest.raises(ValueError, match="row 'eight': it has 2 images"):
         verifier.scores([{"id": "eight", "images": [tiny_image()] * 2}], [["A cat."]])
+
+
+class ColourScorer(FakeScorer):
+    """A red image is the x axis, any other the y axis."""
+
+    def image_features(self, images: Any) -> torch.Tensor:
+        super().image_features(images)
+        return torch.tensor([[1.0, 0.0] if image.getpixel((15, 15))[0] > 200 else [0.0, 1.0] for image in images])
+
+
+def test_a_word_is_scored_by_the_image_that_its_response_is_read_with():
+    red, blue = (tiny_image(colour, (0, 0, 30, 30)) for colour in ("red", "blue"))
+    row = {"prompt": "What?", "chosen": "A cat.", "rejected": "Oh, a cat.", "images": [red]}
+    rows = [
+        {**row, "id": "a"},
+        {**row, "id": "b", "rejected_images": [blue]},
+        {**row, "id": "c", "rejected_images": []},
+    ]
+    verifier = Verifier(ColourScorer(cat=0.6), ObjectVocabulary(["cat"]))
+    calibration = Calibration(0.0, 0.0, 1.0, 0.0, 1.0, {})  # the reward is the cosine
+    found = reward_words(verifier, calibration, rows)
+    values = [[spans[column] for column in ("chosen", "rejected")] for spans in found]
+    assert values[0] == values[2] == [[(2, 5, pytest.approx(0.6))], [(6, 9, pytest.approx(0.6))]]
+    assert values[1] == [[(2, 5, pytest.approx(0.6))], [(6, 9, pytest.approx(0.8))]]
+    for images in ({"images": [blue]}, {"images": [tiny_image()], "rejected_images": [blue]}):
+        with pytest.raises(ValueError, match="row 'a' of --data has the image of row 'known' of --calibrate"):
+            check_apart([{"id": "known", "images": [blue]}], [{**rows[0], **images}], "--calibrate")
+    check_apart([{"id": "known", "images": [blue]}], rows[:1], "--calibrate")
 
 
 @pytest.fixture(scope="module")

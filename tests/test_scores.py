@@ -150,6 +150,34 @@ def test_scores_belong_to_their_sentences():
             assert row[f"{column}_similarity"] == pytest.approx([len(s) / 100 for s in sentences])
 
 
+class Redness(Counting):
+    """A scorer whose every cosine is the share of red in the image's middle pixel."""
+
+    def image_features(self, images):
+        super().image_features(images)
+        return torch.tensor([[image.getpixel((15, 15))[0] / 255] for image in images])
+
+    def text_features(self, texts):
+        return torch.ones_like(super().text_features(texts))
+
+
+def test_a_response_is_scored_against_the_images_that_it_is_read_with():
+    red, blue = (tiny_image(colour, (0, 0, 30, 30)) for colour in ("red", "blue"))
+    rows = [{**row, "images": [red]} for row in unscored(3)]
+    rows[1]["rejected_images"] = [blue]
+    rows[2] |= {"chosen_images": [blue], "rejected_images": []}
+    scorer = Redness()
+    found = list(score_rows(rows, scorer, columns=("chosen", "rejected")))
+    of_red, of_blue = (scorer.image_features([image]).item() for image in (red, blue))
+    for row, expected in zip(found, ((of_red, of_red), (of_red, of_blue), (of_blue, of_red)), strict=True):
+        for column, value in zip(("chosen", "rejected"), expected, strict=True):
+            assert row[f"{column}_similarity"] == pytest.approx([value] * len(row[f"{column}_sentences"]))
+    rows[1]["rejected_images"] = [blue, blue]
+    with pytest.raises(ValueError, match="row 'row-1': it has 2 rejected images"):
+        list(score_rows(rows, scorer, columns=("chosen", "rejected")))
+    list(score_rows(rows, scorer))  # what is not scored may be read with any number
+
+
 def test_given_sentences_are_kept():
     row = {**unscored(1)[0], "chosen": "A red ball", "chosen_sentences": [[0, 2], [2, 10]]}
     scored = next(score_rows([row], Counting()))

@@ -19,7 +19,7 @@ from aspo.folder import write_rows
 from aspo.model import load_model
 from aspo.rewards.command import add_arguments, run
 from aspo.rewards.object_words import ObjectVocabulary, load_vocabulary
-from aspo.rewards.tldr import TokenJudge, held_out, perturbed
+from aspo.rewards.tldr import TokenJudge, held_out, perturbed, scoring
 from aspo.training_state import checkpoints
 from aspo.world.language import judge as judge_claims
 from aspo.world.scenes import Scene
@@ -143,6 +143,22 @@ def test_a_words_logit_is_the_mean_of_its_tokens(judge):
     assert len(tokens) > len(row["chosen"].split()) + 3  # the unknown word has several
     assert judge.word_logits([row], [words])[0] == pytest.approx(expected, abs=1e-4)
     assert judge.word_logits([row], [[]]) == [[]]
+
+
+def test_a_response_is_judged_behind_the_images_that_it_is_read_with(judge, monkeypatch):
+    row = dict(load_rows("world:calibration", kind="prompt", limit=1)[0])
+    other = load_rows("world:train", kind="prompt", limit=1)[0]["images"]
+    row |= {"chosen": "A circle.", "rejected": "A star."}
+    seen = []
+
+    def looked(rows, words):
+        seen.append([row["images"] for row in rows])
+        return [[0.0] * len(found) for found in words]
+
+    monkeypatch.setattr(judge, "word_logits", looked)
+    judge.base = 0.5
+    scoring(judge, load_vocabulary("world"))([{**row, "rejected_images": []}, {**row, "rejected_images": other}])
+    assert seen == [[row["images"], row["images"]], [row["images"], other]]  # of chosen, then of rejected
 
 
 def test_the_reward_takes_the_base_rate_out(judge):

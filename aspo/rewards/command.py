@@ -33,7 +33,15 @@ from aspo.rewards.calibrate import (
 )
 from aspo.rewards.changes import score_changes
 from aspo.rewards.tldr import run_tldr
-from aspo.rewards.token_scores import COLUMNS, Spans, begin, check_apart, load_preferences, scored_summary, write_scored
+from aspo.rewards.token_scores import (
+    Spans,
+    begin,
+    check_apart,
+    load_preferences,
+    readings,
+    scored_summary,
+    write_scored,
+)
 from aspo.rewards.verifier import BARE_WORD, WORLD_TEMPLATE, Calibration, Verifier, compare_towers
 from aspo.validate import response_text
 
@@ -169,17 +177,23 @@ def run_fisao(args: argparse.Namespace) -> int:
     if rows is None:
         return 0
 
-    def score(batch: Sequence[Row]) -> list[dict[str, Spans]]:
-        texts = [[response_text(row[column]) for column in COLUMNS] for row in batch]
-        return [
-            {column: calibration.spans(words) for column, words in zip(COLUMNS, of_row, strict=True)}
-            for of_row in verifier.scores(batch, texts)
-        ]
+    def score(batch: Sequence[Row]) -> list[Mapping[str, Spans]]:
+        return reward_words(verifier, calibration, batch)
 
     write_scored(rows, lambda: score, args.out, args.batch_size, {"calibration": calibration.to_json()}, engine)
     if engine.processes.main:
         print(scored_summary(args.out))
     return 0
+
+
+def reward_words(verifier: Verifier, calibration: Calibration, rows: Sequence[Row]) -> list[Mapping[str, Spans]]:
+    """The rewards of the object words of each row's responses, by the images that each is read with."""
+    reads = [(n, read, columns) for n, row in enumerate(rows) for read, columns in readings(row)]
+    texts = [[response_text(read[column]) for column in columns] for _, read, columns in reads]
+    spans: list[dict[str, Spans]] = [{} for _ in rows]
+    for (n, _, columns), scored in zip(reads, verifier.scores([read for _, read, _ in reads], texts), strict=True):
+        spans[n] |= {column: calibration.spans(words) for column, words in zip(columns, scored, strict=True)}
+    return [*spans]
 
 
 def run_changes(args: argparse.Namespace) -> int:

@@ -38,6 +38,7 @@ from aspo.rewards.token_scores import (
     begin,
     check_apart,
     load_preferences,
+    read_with,
     scored_summary,
     write_scored,
 )
@@ -316,7 +317,7 @@ def scoring(judge: TokenJudge, vocabulary: ObjectVocabulary) -> Score:
     def score(batch: Sequence[Row]) -> list[dict[str, Spans]]:
         scored: list[dict[str, Spans]] = [{} for _ in batch]
         for column in COLUMNS:
-            texts = [with_text(row, response_text(row[column])) for row in batch]
+            texts = [with_text(read_with(row, column), response_text(row[column])) for row in batch]
             words = [vocabulary.words(row["chosen"], fuzzy=True) for row in texts]
             for of_row, found, values in zip(scored, words, judge.word_logits(texts, words), strict=True):
                 pairs = zip(found, values, strict=True)

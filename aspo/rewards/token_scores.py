@@ -12,6 +12,7 @@ from aspo.evaluation.judges import image_hash
 from aspo.folder import ROWS_FILE, image_entries, read_lines, row_line, row_name
 from aspo.resume import check_settings, write_json
 from aspo.rows import load_rows
+from aspo.scores import images_column
 from aspo.validate import validate_rows
 
 SETTINGS_FILE = "settings.json"
@@ -31,15 +32,30 @@ def load_preferences(args: argparse.Namespace) -> Any:
     return rows
 
 
+def read_with(row: Row, column: str) -> Row:
+    """The row with the images that a response is read with as its `images`."""
+    own = images_column(row, column)
+    return row if own == "images" else {**row, "images": row[own]}
+
+
+def readings(row: Row) -> list[tuple[Row, list[str]]]:
+    """The row as its responses are read, and which: those with the same images together."""
+    columns: dict[str, list[str]] = {}
+    for column in COLUMNS:
+        columns.setdefault(images_column(row, column), []).append(column)
+    return [(read_with(row, together[0]), together) for together in columns.values()]
+
+
 def check_apart(known_rows: Sequence[Row], rows: Sequence[Row], flag: str) -> None:
     """ValueError where a row's image is one of the rows of `flag`: what is fitted to an image must not judge it."""
     known = {image_hash(row): row for row in known_rows if image_entries(row)}
     for row in rows:
-        if image_entries(row) and (twin := known.get(image_hash(row))) is not None:
-            raise ValueError(
-                f"{row_name(row)} of --data has the image of {row_name(twin)} of {flag}, whose rows must be neither "
-                "trained on nor evaluated: take others"
-            )
+        for read, _ in readings(row):
+            if image_entries(read) and (twin := known.get(image_hash(read))) is not None:
+                raise ValueError(
+                    f"{row_name(row)} of --data has the image of {row_name(twin)} of {flag}, whose rows must be "
+                    "neither trained on nor evaluated: take others"
+                )
 
 
 def begin(out: Path, settings: Mapping[str, Any], processes: shards.Processes, free: tuple[str, ...] = ()) -> None:
