@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from torch import nn
 from aspo import trust
 from aspo.checkpoints import CHECKPOINT, STATE, being_read, checkpoints, is_complete, last_checkpoint, steps_of
 from aspo.config import AspoConfig
-from aspo.folder import IMAGE_COLUMNS
+from aspo.folder import IMAGE_COLUMNS, image_bytes, image_path, in_memory
 from aspo.model import resolve_model
 from aspo.reference.settings import processor_settings, weights_sample
 from aspo.resume import differences
@@ -25,7 +26,7 @@ from aspo.shards import Processes
 # Options that may differ between a run and its continuation, by prefix: they change nothing in the weights.
 FREE_ON_RESUME = (
     "output_dir",
-    "train_data",  # whose rows are compared: "pairs_sha256"
+    "train_data",  # whose rows are compared: "pairs_sha256" and "images_sha256"
     "image_root",
     "resume",
     "log",
@@ -59,6 +60,8 @@ FREE_ON_RESUME = (
     "torch_empty_cache",
 )
 
+IMAGE_END = 4096  # bytes at either end of an image's file by which a run knows it again
+
 
 def record_path(config: AspoConfig) -> Path:
     """Where a run's record is."""
@@ -76,6 +79,7 @@ def run_record(config: AspoConfig, rows: Any) -> dict[str, Any]:
         "objective_options": config.objective_options(),
         "pairs": len(rows),
         "pairs_sha256": fingerprint(rows),
+        "images_sha256": images_fingerprint(rows),
         "step": pairs_per_step(config.to_dict(), config.world_size),
         "processes": config.world_size,
         "device": str(config.device),
@@ -103,6 +107,32 @@ def fingerprint(rows: Any) -> str:
         if name != "scene":
             digest.update(json.dumps([name, list(rows[name])], default=str).encode())
     return digest.hexdigest()
+
+
+def images_fingerprint(rows: Any) -> str:
+    """A hash of the images in preference rows: of files their names, sizes and ends, of others their bytes.
+
+    Files are not read through, which takes minutes for a large set: in folders that `aspo` made a name is a hash of the
+    content, and encoders write a checksum, or bits that all before them have shifted, at a file's end. Folders and
+    times are left out, for rows may be moved or copied before a run goes on.
+    """
+    digest = hashlib.sha256()
+    columns = [name for name in IMAGE_COLUMNS if name in rows.column_names]
+    for row in rows.select_columns(columns) if columns else ():
+        digest.update(json.dumps([[name, [_image_name(entry) for entry in row[name]]] for name in columns]).encode())
+    return digest.hexdigest()
+
+
+def _image_name(entry: Any) -> list[Any]:
+    if in_memory(entry):
+        return [hashlib.sha256(image_bytes(entry)).hexdigest()]
+    path = image_path(entry, None)
+    with path.open("rb") as file:
+        ends = file.read(IMAGE_END)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - IMAGE_END))
+        ends += file.read()
+    return [path.name, size, hashlib.sha256(ends).hexdigest()]
 
 
 def now() -> str:
@@ -157,8 +187,9 @@ def _earlier_run(config: AspoConfig, record: Mapping[str, Any]) -> tuple[dict[st
         if found:
             raise ValueError(f"{folder} holds checkpoints of something else (no run.json); choose another --output_dir")
         return before, None
-    keys = ("model", "dtype", "objective", "pairs_sha256", "step")
-    before = {"step": pairs_per_step(before["config"], 1), **before}  # older runs were of one process
+    keys = ("model", "dtype", "objective", "pairs_sha256", "images_sha256", "step")
+    # older runs were of one process, and did not note their images
+    before = {"step": pairs_per_step(before["config"], 1), "images_sha256": record["images_sha256"], **before}
     changed = differences(before["config"], record["config"], FREE_ON_RESUME)
     changed += differences({key: before[key] for key in keys}, {key: record[key] for key in keys}, ())
     if changed:

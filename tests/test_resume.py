@@ -24,6 +24,7 @@ from aspo import cli
 from aspo.checkpoints import is_complete, last_checkpoint
 from aspo.data import write_rows
 from aspo.resume import differences, write_json
+from aspo.rows import load_rows
 
 ROOT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY = 12, 4
@@ -207,6 +208,40 @@ def test_a_finished_run_is_left_alone_and_another_refused(workplace, tmp_path, c
     (tmp_path / "out" / "run.json").unlink()
     assert cli.main(run) == 2
     assert "checkpoints of something else" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kept", ["native", "named by hand", "parquet"])
+def test_other_images_are_another_run(workplace, tmp_path, capsys, kept):
+    """Where nothing but negative images differs, as after another crop, a run is neither finished nor gone on with."""
+    rows = [{**row, "negative_images": row["images"]} for row in tiny_rows(4)]
+    other = [{**row, "negative_images": last["images"]} for row, last in zip(rows, rows[1:] + rows[:1], strict=True)]
+
+    def data(name, of):
+        folder = tmp_path / name
+        if kept == "native":
+            write_rows(folder, of)
+            return folder
+        folder.mkdir()
+        if kept == "parquet":
+            load_rows(of).to_parquet(folder / "rows.parquet")
+        else:
+            for n, row in enumerate(of):
+                for column in ("images", "negative_images"):
+                    row[column][0].save(folder / f"{column}-{n}.png")
+            named = [{**row, **{c: f"{c}-{n}.png" for c in ("images", "negative_images")}} for n, row in enumerate(of)]
+            (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+        return folder
+
+    run = [*map(str, flags(workplace, tmp_path / "out", "--max_steps", 1, "--loss_type", "mdpo"))]
+    assert cli.main([*run, "--train_data", str(data("rows", rows))]) == 0
+    assert cli.main([*run, "--train_data", str(data("changed", other))]) == 2
+    said = capsys.readouterr().err
+    assert "images_sha256" in said and "pairs_sha256" not in said
+    assert cli.main([*run, "--train_data", str(shutil.copytree(tmp_path / "rows", tmp_path / "moved"))]) == 0
+    assert "is finished" in capsys.readouterr().err
+    record = json.loads((tmp_path / "out" / "run.json").read_text())  # of before images were noted
+    write_json(tmp_path / "out" / "run.json", {k: v for k, v in record.items() if k != "images_sha256"})
+    assert cli.main([*run, "--train_data", str(tmp_path / "rows")]) == 0
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_blocks_nothing(workplace, tmp_path, capsys):
