@@ -3,8 +3,11 @@
 import argparse
 import json
 
+import numpy as np
 import pytest
 import torch
+import transformers
+from families import family
 from PIL import Image
 from tiny import COLOURS, PROMPT, tiny_image, tiny_llava
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
@@ -12,7 +15,9 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from aspo.data import Collator, load_rows, validate_rows
 from aspo.generation import Answer, generate
 from aspo.pairs import command as pairs
+from aspo.pairs import povid, seva
 from aspo.pairs.command import add_noise, image_seeds, judge, make_pairs, noise_schedule, recorded
+from aspo.pairs.noise import copies_of_a_still
 from aspo.shards import Engine, Processes, job
 
 
@@ -41,6 +46,45 @@ def test_noise_of_an_image_does_not_depend_on_its_batch():
     assert not torch.equal(add_noise(x, 500, [5, 6, 8])[2], batch[2])
     packed = add_noise(torch.zeros(40, 12), 500, [5, 6])  # patches of two images in one tensor
     assert packed.shape == (40, 12) and packed.std() > 0.4
+
+
+VIDEO_READERS = [f"{n}ImageProcessor{backend}" for n in ("Qwen2VL", "Glm4v", "Glm46V") for backend in ("", "Pil")]
+
+
+@pytest.mark.parametrize("name", VIDEO_READERS)
+def test_noise_of_a_still_has_its_steps_strength(name):
+    """A kernel that averages over the copies of a still, as Conv3d's may, sees noise of the step, not of half of it."""
+    processor = argparse.Namespace(image_processor=getattr(transformers, name)())
+    image = Image.fromarray(np.random.default_rng(0).integers(256, size=(112, 112, 3), dtype=np.uint8))
+    pixels = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+    assert copies_of_a_still(processor) == 2
+    noised = add_noise(pixels, 500, [1], copies_of_a_still(processor))
+    assert noised.shape == pixels.shape
+    abar = float(noise_schedule()[500])
+    eps = ((noised - abar**0.5 * pixels) / (1 - abar) ** 0.5).view(len(pixels), 3, 2, -1)
+    assert torch.equal(eps[:, :, 0], eps[:, :, 1]) and (eps.mean(dim=2).std() - 1).abs() < 0.03
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 3, 5), (4, 3, 5, 2)])  # copies around the colours, and of each pixel
+def test_copies_in_another_order_are_refused(shape):
+    one = torch.randn([1 if size == 2 else size for size in shape])
+    with pytest.raises(ValueError, match="patches of 30 values do not hold each of 3 colours 2 times over"):
+        add_noise(one.expand(shape).reshape(4, 30), 500, [0], copies=2)
+    with pytest.raises(ValueError, match="patches of 31 values"):
+        add_noise(torch.zeros(4, 31), 500, [0], copies=2)
+
+
+@pytest.mark.parametrize("name", ["Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL"])
+def test_models_of_stills_with_copies_are_read_behind_the_same_noise_in_both(name):
+    model, processor = family(name)
+    row = {**colour_rows()[0], "chosen": "It is red."}
+    seen = []
+    model.model.visual.patch_embed.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    seva.noised_answers(model, processor, [row], 500, 0, 0, max_new_tokens=1, batch_size=1)
+    povid.alternative_ids(model, processor, [row], 500, 0)
+    assert len(seen) == 2 and torch.equal(*seen)
+    copies = seen[0].view(len(seen[0]), 3, 2, -1)
+    assert torch.equal(copies[:, :, 0], copies[:, :, 1]) and copies[:, :, 0].std() > 0.4
 
 
 def test_noise_keeps_the_dtype():

@@ -21,7 +21,7 @@ from aspo.folder import image_entries
 from aspo.generation import Answer, generate_answers
 from aspo.model import HeadParams, inference, output_head, trunk_hidden
 from aspo.pairs import MADE, Load, Made, Make, Options, Row, seva
-from aspo.pairs.noise import add_noise, image_seeds
+from aspo.pairs.noise import add_noise, copies_of_a_still, image_seeds
 from aspo.validate import named_column, response_text
 from aspo_kernels import gather_hidden
 
@@ -108,7 +108,7 @@ def alternative_ids(
     if "pixel_values" not in inputs:
         raise ValueError(f"{type(processor).__name__} makes no pixel_values: noise cannot be put on its images")
     seeds = [s for row in plain for s in image_seeds(row, seed)]
-    inputs["pixel_values"] = add_noise(inputs["pixel_values"], noise_step, seeds)
+    inputs["pixel_values"] = add_noise(inputs["pixel_values"], noise_step, seeds, copies_of_a_still(processor))
     head = output_head(model)
     device = head.weight.device
     with inference(model):

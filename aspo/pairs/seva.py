@@ -12,7 +12,7 @@ import torch
 from aspo.folder import image_entries
 from aspo.generation import Answer, generate_answers
 from aspo.pairs import MADE, Load, Made, Make, Options, Row, kept_columns
-from aspo.pairs.noise import add_noise, image_seeds
+from aspo.pairs.noise import add_noise, copies_of_a_still, image_seeds
 
 OPTIONS = {
     "model": None,
@@ -70,12 +70,13 @@ def noised_answers(
 ) -> list[Answer]:
     """The answers to the rows' images under noise, all rows in one batch."""
     seeds = [s for row in rows for s in image_seeds(row, seed)]
+    copies = copies_of_a_still(processor)
     return generate_answers(
         model,
         processor,
         rows,
         seed=seed + start + NOISED_SEED,
-        pixel_transform=lambda pixels: add_noise(pixels, noise_step, seeds),
+        pixel_transform=lambda pixels: add_noise(pixels, noise_step, seeds, copies),
         **options,
     )
 
