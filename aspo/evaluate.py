@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from aspo.evaluation.identity import model_identity
 from aspo.evaluation.judges import JUDGES, Item, Options, Row, image_hash
 from aspo.evaluation.metrics import ObjectVocabulary
 from aspo.evaluation.statistics import compare, markdown
@@ -54,7 +55,7 @@ def evaluate(
     options = options or Options()
     done = done or {}
     kinds = [_kind(index, row, vocabulary) for index, row in enumerate(rows)]
-    identity = f"{fingerprint(model)}:{getattr(processor, 'chat_template', '')!r}"
+    identity = model_identity(model, processor)
     items: list[Item] = []
     for start in range(0, len(rows), options.batch_size):
         batch = [dict(rows[i]) for i in range(start, min(start + options.batch_size, len(rows)))]
@@ -77,15 +78,6 @@ def evaluate(
         ]
         progress(len(batch))
     return items
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """A hash of all weights and buffers, adapters included: the model's identity wherever it lies."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _kind(index: int, row: Row, vocabulary: ObjectVocabulary | None) -> str:

@@ -1,18 +1,23 @@
 """`aspo eval` with a fake model whose answers are known: which counts come out, and what is computed again."""
 
+import aspo  # isort: skip  # noqa: F401  (first: it makes torchvision importable on a CPU torch)
 import argparse
 import json
 import math
+import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tiny import tiny_llava
+from transformers import ByT5Tokenizer
 
 from aspo import evaluate as command
-from aspo.evaluate import evaluate, fingerprint
-from aspo.evaluation import judges
+from aspo.evaluate import evaluate
+from aspo.evaluation import identity, judges
 from aspo.evaluation import minimal_pairs as module
+from aspo.evaluation.identity import fingerprint, model_identity
 from aspo.evaluation.judges import Options, scene_counts
 from aspo.evaluation.metrics import ObjectVocabulary, summarise
 from aspo.evaluation.minimal_pairs import margins
@@ -71,6 +76,7 @@ def fake(monkeypatch):
     fake = Fake(answer)
     monkeypatch.setattr(judges, "generate_answers", fake.generate)
     monkeypatch.setattr(judges, "margins", fake.margins)
+    monkeypatch.setattr(identity, "processor_settings", lambda *_: {})  # MODEL has no configuration
     return fake
 
 
@@ -230,6 +236,45 @@ def test_fingerprint_sees_every_weight():
     with torch.no_grad():
         model[1].bias[2] = 1e-3
     assert fingerprint(model) != before
+
+
+def _edit(path, change):
+    """Change a JSON file; `change` gets what it holds."""
+    held = json.loads(path.read_text())
+    change(held)
+    path.write_text(json.dumps(held))
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("processor_config.json", lambda held: held["image_processor"]["image_mean"].__setitem__(0, 0.1)),
+        ("config.json", lambda held: held["text_config"].update(rms_norm_eps=0.01)),
+        ("generation_config.json", lambda held: held.update(eos_token_id=[2, 5])),
+        ("tokenizer.json", lambda held: held["model"]["merges"].pop()),
+        ("adapter/adapter_config.json", lambda held: held.update(lora_alpha=1)),
+    ],
+)
+def test_answers_are_known_by_all_that_made_them(tmp_path, file, change):
+    tiny_llava(tmp_path / "model")
+    tuned = get_peft_model(load_model(tmp_path / "model")[0], LoraConfig(target_modules=["q_proj", "v_proj"]))
+    tuned.save_pretrained(tmp_path / "model" / "adapter")
+    shutil.copytree(tmp_path / "model", tmp_path / "moved")
+    shutil.copytree(tmp_path / "model", tmp_path / "edited")
+    _edit(tmp_path / "edited" / file, change)
+    found = []
+    for name in ("model", "moved", "edited"):
+        folder = tmp_path / name
+        found.append(model_identity(*load_model(folder / "adapter", base=str(folder))))
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_slow_tokenizer_is_known_by_its_words(tmp_path):
+    model, processor = load_model(tiny_llava(tmp_path))
+    processor.tokenizer = ByT5Tokenizer()
+    before = model_identity(model, processor)
+    processor.tokenizer.add_tokens("cat")
+    assert model_identity(model, processor) != before
 
 
 def test_rows_without_truth_are_refused(fake):

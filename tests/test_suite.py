@@ -50,6 +50,7 @@ class Said:
     def __init__(self, monkeypatch, answers):
         self.answers, self.asked = answers, []
         monkeypatch.setattr(suite_run, "generate_answers", self)
+        monkeypatch.setattr("aspo.evaluation.identity.processor_settings", lambda *_: {})  # MODEL has no configuration
 
     def __call__(self, model, processor, rows, **options):
         self.asked += [row["prompt"] for row in rows]

@@ -134,8 +134,9 @@ def _attention(config: Any) -> str:
 
 
 def _vocabulary(tokenizer: Any) -> dict[str, Any]:
-    """A fast tokenizer's whole definition, without the padding that the last call left in it."""
-    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    """A fast tokenizer's whole definition, without the padding that the last call left in it; a slow one's words."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    definition = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     return {**_without(definition, {"padding", "truncation"}), "ends": [tokenizer.bos_token, tokenizer.eos_token]}
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from aspo.evaluation.identity import model_identity
 from aspo.evaluation.judges import image_hash
 from aspo.evaluation.metrics import answer_counts
 from aspo.generation import generate_answers
@@ -117,9 +118,7 @@ def _answers(
     save: Callable[[Mapping[str, Any]], None],
 ) -> Iterator[tuple[Row, str, dict[str, Any]]]:
     """Each row with its answer's key and its answer; a batch of which one is missing is made again as a whole."""
-    from aspo.evaluate import fingerprint  # here: that module has the flags of this one
-
-    identity = f"{fingerprint(model)}:{getattr(processor, 'chat_template', '')!r}"
+    identity = model_identity(model, processor)
     hashed = lru_cache(maxsize=None)(lambda images: image_hash({"images": list(images)}))
     start = 0
     for tokens, batch in _batches(rows, options):
