@@ -9,6 +9,8 @@ yet decoded, responses are texts, and every row has an `id`. docs/data.md has th
 from __future__ import annotations
 
 import copy
+import functools
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 import datasets
 import pyarrow as pa
 
+from aspo.conversations import asked, has_messages, implicit_prompt, is_answered
 from aspo.folder import IMAGE_COLUMNS, ROWS_FILE
 from aspo.images import check_within, image_bytes, image_entries, image_path, in_memory, is_file, short_path
 from aspo.validate import KINDS, bad_row, named_column, response_text, short_repr, validate_rows
@@ -38,7 +41,8 @@ def load_rows(
     Args:
         source: a folder (ours with rows.jsonl, `save_to_disk`'s, or of parquet files), a .jsonl, .json or .parquet
             file, "world:<split>" (the embedded scenes), a `datasets.Dataset`, or rows. LLaVA's rows (`conversations`,
-            `image`) are prompts: their first question. RLAIF-V's `question` is a prompt too.
+            `image`) are prompts: their first question; beside `chosen` or `completion`, as LLaMA-Factory has them, all
+            turns are the prompt. RLAIF-V's `question` is a prompt too.
         kind: "preference", "unpaired" (prompt, completion, label) or "prompt".
         limit: only the first `limit` rows.
         image_root: where relative image paths start, and a folder in which images may lie; by default the folder that
@@ -180,7 +184,7 @@ def _to_dataset(rows: datasets.Dataset | list[Any], kind: str, places: Places) -
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ValueError(f"row {index} is a {type(row).__name__}; a row is a JSON object")
-    as_messages = any(not isinstance(row.get("prompt", ""), str | None) for row in rows)
+    as_messages = any(map(has_messages, rows))
     made = [_normalise(row, index, kind, places, as_messages) for index, row in enumerate(rows)]
     columns = {c: [row.get(c) for row in made] for c in dict.fromkeys(c for row in made for c in row)}
     features = datasets.Features({c: _feature(c, values) for c, values in columns.items() if c not in IMAGE_COLUMNS})
@@ -201,18 +205,31 @@ def _from_dataset(rows: datasets.Dataset, kind: str, places: Places) -> datasets
         if encoded != feature:
             rows = _arrow(Path(f"column {name!r}"), partial(rows.cast_column, name), encoded)
     as_messages = "prompt" in rows.column_names and not isinstance(rows.features["prompt"], datasets.Value)
+    if not as_messages and "conversations" in rows.column_names:
+        needed = {"conversations", "prompt", "chosen", "completion"}.intersection(rows.column_names)
+        as_messages = any(map(has_messages, rows.select_columns(sorted(needed))))
     first = _normalise(rows[0], 0, kind, places, as_messages)
     as_messages = as_messages or isinstance(first.get("prompt"), list)  # TRL's implicit prompts
     features = datasets.Features({**rows.features, **dict.fromkeys(IMAGE_COLUMNS, ENCODED)})
-    features.update({c: datasets.Value("string") for c in ("id", "prompt", "chosen", "rejected") if c in first})
+    texts = {"id", "prompt", "chosen", "rejected", "completion"}.intersection(first)
+    features.update({c: datasets.Value("string") for c in texts})
     if as_messages:
         features["prompt"] = datasets.Json()
     return rows.map(
-        lambda row, index: _normalise(row, index, kind, places, as_messages),
+        lambda row, index, code: _normalise(row, index, kind, places, as_messages),
+        fn_kwargs={"code": _own_code()},  # of rows from files, what a map made is kept, and found by the hash of these
+        load_from_cache_file=None if len(places.within) < 2 else False,  # of two folders, it matters what lies where
         with_indices=True,
         remove_columns=[c for c in rows.column_names if c not in first],
         features=datasets.Features({c: features[c] for c in first}),
     )
+
+
+@functools.cache
+def _own_code() -> str:
+    """A hash of the code that makes rows: datasets takes a package's functions by their names for its own hashes."""
+    code = [Path(__file__).with_name(name).read_bytes() for name in ("rows.py", "images.py", "validate.py")]
+    return hashlib.sha256(b"".join(code)).hexdigest()
 
 
 def _encoded(feature: Any) -> Any:
@@ -244,8 +261,8 @@ def _holds_object(value: Any) -> bool:
 def _normalise(row: Row, index: int, kind: str, places: Places, as_messages: bool) -> dict[str, Any]:
     made = {key: value for key, value in row.items() if key not in ("image", *IMAGE_COLUMNS, "conversations")}
     made["id"] = str(index) if row.get("id") is None else str(row["id"])
-    if row.get("conversations") is not None:
-        made["prompt"] = named_column("conversations", index, row, _first_question, row["conversations"])
+    if row.get("conversations") is not None and row.get("prompt") is None:
+        made["prompt"] = named_column("conversations", index, row, asked, row["conversations"], is_answered(row))
         if kind == "preference" and row.get("chosen") is None:
             raise bad_row(
                 index, row, "chosen", "missing; LLaVA's rows hold one answer: make pairs with `aspo pairs` first"
@@ -253,7 +270,7 @@ def _normalise(row: Row, index: int, kind: str, places: Places, as_messages: boo
     if made.get("prompt") is None and isinstance(row.get("question"), str):
         made["prompt"] = row["question"]
     if made.get("prompt") is None and isinstance(row.get("chosen"), list) and isinstance(row.get("rejected"), list):
-        made["prompt"], made["chosen"], made["rejected"] = _implicit_prompt(row["chosen"], row["rejected"])
+        made["prompt"], made["chosen"], made["rejected"] = implicit_prompt(row["chosen"], row["rejected"])
     if as_messages and isinstance(made.get("prompt"), str):
         made["prompt"] = [{"role": "user", "content": made["prompt"]}]
     for column in ("chosen", "rejected", "completion"):
@@ -288,24 +305,6 @@ def _image_entry(entry: Any, places: Places) -> dict[str, Any]:
     if in_memory(entry):
         return {"bytes": image_bytes(entry), "path": None}
     return {"bytes": None, "path": str(places.find(entry))}
-
-
-def _first_question(conversation: Any) -> str:
-    if not isinstance(conversation, list) or not conversation:
-        raise ValueError("it must be a list of {'from', 'value'} turns")
-    first = conversation[0]
-    turn = first if isinstance(first, Mapping) else {}
-    if turn.get("from") not in ("human", "user") or not isinstance(turn.get("value"), str):
-        raise ValueError(f"the first turn must be {{'from': 'human', 'value': text}}, got {short_repr(first)}")
-    return turn["value"]
-
-
-def _implicit_prompt(chosen: list[Any], rejected: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-    """TRL's implicit prompt: the messages that both conversations begin with."""
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
-    return chosen[:shared] or None, chosen[shared:], rejected[shared:]  # type: ignore[return-value]
 
 
 __all__ = ["load_rows", "response_text", "validate_rows"]

@@ -150,8 +150,74 @@ def test_llava_rows_are_prompts(tmp_path):
     assert load_images(loaded[0])[0].tobytes() == tiny_image().tobytes()
     with pytest.raises(ValueError, match=r"row 0 \(id '7'\), column 'chosen'.*aspo pairs"):
         load_rows(tmp_path / "llava.json")
-    with pytest.raises(ValueError, match="row 0, column 'conversations': the first turn must be"):
+    with pytest.raises(ValueError, match="row 0, column 'conversations': turn 1 must be"):
         load_rows([{"conversations": ["Hi"]}], kind="prompt")
+
+
+def said(role, text):
+    return {"from": role, "value": text}
+
+
+@pytest.mark.parametrize("make", [list, datasets.Dataset.from_list])
+def test_a_conversation_before_the_answers_is_the_prompt(make):
+    answers = {"chosen": said("gpt", "A2."), "rejected": said("gpt", "B2.")}
+    turns = [said("human", "Q1?"), said("gpt", "A1."), said("human", "Q2?")]
+    user, assistant = {"role": "user", "content": "Q1?"}, {"role": "assistant", "content": "A1."}
+    rows = [{"conversations": turns, **answers}, {"conversations": turns[:1], **answers}]
+    loaded = load_rows(make(rows))
+    validate_rows(loaded)
+    assert loaded["prompt"] == [[user, assistant, {"role": "user", "content": "Q2?"}], [user]]
+    assert (loaded["chosen"], loaded["rejected"]) == (["A2."] * 2, ["B2."] * 2)
+    assert load_rows(make(rows[1:]))["prompt"] == ["Q1?"]  # one question stays a text
+    unpaired = [{"conversations": turns, "completion": "A2.", "label": True}]
+    assert load_rows(make(unpaired), kind="unpaired")["prompt"] == loaded["prompt"][:1]
+    assert load_rows(make([{"prompt": "Mine?", **rows[0]}]))["prompt"] == ["Mine?"]
+    for wrong, message in (
+        (turns[:2], "the last turn must be .*'human'"),
+        ([said("observation", "x"), turns[0]], "turn 1 must be"),
+    ):
+        with pytest.raises(ValueError, match=rf"row 0, column 'conversations': {message}.*, got \{{'from'"):
+            load_rows(make([{"conversations": wrong, **answers}]))
+    with pytest.raises(ValueError, match="the first turn must be"):
+        load_rows(make([{"conversations": turns[1:]}]), kind="prompt")
+
+
+@pytest.mark.parametrize("make", [list, datasets.Dataset.from_list])
+def test_unpaired_rows_of_messages(make):
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "Q?"}],
+            "completion": [{"role": "assistant", "content": "A."}],
+            "label": k,
+        }
+        for k in (True, False)
+    ]
+    loaded = load_rows(make(rows), kind="unpaired")
+    validate_rows(loaded, "unpaired")
+    assert (loaded["completion"], loaded["label"]) == (["A."] * 2, [True, False])
+    assert loaded["prompt"] == [row["prompt"] for row in rows]
+
+
+def test_rows_of_another_version_are_not_found_again(tmp_path, monkeypatch):
+    load_rows(tiny_rows(2)).save_to_disk(tmp_path / "saved")
+    monkeypatch.setattr("aspo.rows._own_code", lambda: "before")
+    before = load_rows(tmp_path / "saved")
+    assert load_rows(tmp_path / "saved").cache_files == before.cache_files != []  # made once
+    monkeypatch.undo()
+    assert load_rows(tmp_path / "saved").cache_files != before.cache_files
+
+
+def test_an_image_that_was_moved_to_the_other_folder_is_found(tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "images").mkdir()
+    tiny_image().save(tmp_path / "rows" / "a.png")
+    rows = datasets.Dataset.from_list([{"prompt": "Hi?", "image": "a.png"}])
+    rows.to_parquet(tmp_path / "rows" / "rows.parquet")
+    for folder in ("rows", "images"):
+        loaded = load_rows(tmp_path / "rows" / "rows.parquet", kind="prompt", image_root=tmp_path / "images")
+        assert loaded[0]["images"][0]["path"] == str(tmp_path / folder / "a.png")
+        if folder == "rows":
+            (tmp_path / "rows" / "a.png").rename(tmp_path / "images" / "a.png")
 
 
 @pytest.mark.parametrize(
