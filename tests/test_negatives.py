@@ -3,9 +3,11 @@
 import json
 import math
 import shutil
+import tracemalloc
 import warnings
 
 import aspo  # isort: skip  # noqa: F401  (first: it makes torchvision importable on a CPU torch)
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from tiny import tiny_image, tiny_rows
 
 from aspo import cli
 from aspo.data import load_rows, validate_rows, write_rows
-from aspo.folder import load_images, read_lines
+from aspo.folder import image_bytes, load_images, read_lines
 from aspo.negatives import autoencoder
 from aspo.negatives import command as negatives
 from aspo.negatives import report as negative_report
@@ -28,9 +30,10 @@ from aspo.negatives.figures import (
     truth_figures,
 )
 from aspo.negatives.pictures import plot_grid, tsne
+from aspo.negatives.pool import read_pool
 from aspo.negatives.sae import BilinearSae, SaeConfig
 from aspo.negatives.selection import greedy_diverse, log_density, scores, select
-from aspo.negatives.sources import Options, crop_box, crops, noised, pick_from_pool, read_pool
+from aspo.negatives.sources import Options, crop_box, crops, noised, pick_from_pool
 
 DIM = 12
 
@@ -347,6 +350,33 @@ def test_features_are_encoded_once_and_a_killed_run_keeps_them(tmp_path, made):
     next((tmp_path / "e").glob("*.safetensors")).write_bytes(b"no")
     with pytest.raises(ValueError, match=r"is no file of features.*delete it"):
         Embeddings(tmp_path / "e", scorer)
+
+
+def test_images_of_a_data_set_stay_in_its_files(tmp_path, no_pictures):
+    """What Python holds while features are made, of 40 images of 120 KB each that a .parquet file holds."""
+    noise = np.random.default_rng(0).integers(0, 255, (40, 200, 200, 3), dtype=np.uint8)
+    images = [[{"bytes": image_bytes(Image.fromarray(pixels)), "path": None}] for pixels in noise]
+    texts = {"prompt": "What?", "chosen": "A cat.", "rejected": "A dog."}
+    columns = {"id": [str(n) for n in range(40)], "images": images} | {name: [t] * 40 for name, t in texts.items()}
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "data.parquet")
+    rows = load_rows(tmp_path / "data.parquet")
+    held = []
+
+    class Looking(PixelScorer):
+        def image_features(self, images):
+            held.append(tracemalloc.get_traced_memory()[0])
+            return super().image_features(images)
+
+    del images, columns, noise
+    tracemalloc.start()
+    try:
+        options = Options("hard", 2, duplicate=2.0)
+        negatives.add_negatives(rows, tmp_path / "out", options, scorer=Looking(), pool=read_pool(rows))
+    finally:
+        tracemalloc.stop()
+    assert len(held) == 1 and max(held) < 10 * 120_000
+    made = written(tmp_path)
+    assert all(len({*row["images"], *row["negative_images"]}) == 3 for row in made)
 
 
 def test_candidates_limit_what_a_row_is_given(made, no_pictures):

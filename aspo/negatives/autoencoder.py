@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from aspo.negatives.pictures import plot_latents
+from aspo.negatives.pool import Pool
 from aspo.negatives.report import SAE_FILE
 from aspo.negatives.sae import Deviations, SaeConfig, latent_examples, load_sae, save_sae, train_sae
-from aspo.negatives.sources import Options, Pool
+from aspo.negatives.sources import Options
 from aspo.progress import progress_bar
 from aspo.resume import write_json
 

@@ -25,6 +25,7 @@ from aspo.folder import ROWS_FILE, image_entries, load_images, row_line
 from aspo.model import resolve_device
 from aspo.negatives.autoencoder import train_autoencoder
 from aspo.negatives.embeddings import Embeddings, image_key
+from aspo.negatives.pool import Pool, chained, entries_of, read_pool
 from aspo.negatives.report import PICKS_FILE, SAE_FILE, measure, summary
 from aspo.negatives.sae import Deviations, load_sae
 from aspo.negatives.sources import (
@@ -33,9 +34,7 @@ from aspo.negatives.sources import (
     POOLED,
     Negatives,
     Options,
-    Pool,
     pick_from_pool,
-    read_pool,
     rows_at_a_time,
 )
 from aspo.resume import check_settings, write_json
@@ -68,7 +67,7 @@ def add_negatives(
     Args:
         rows: preference rows with distinct ids. Rows without an image, or with several, get no negatives.
         scorer: a CLIP; needed for "misp" and "hard", otherwise for the figures and to keep near duplicates out.
-        pool: see `aspo.negatives.sources.read_pool`; for "misp", "random" and "hard". It may hold the rows' own images.
+        pool: see `aspo.negatives.pool.read_pool`; for "misp", "random" and "hard". It may hold the rows' own images.
         device: where the autoencoder is trained and images are picked; the scorer has its own.
         engine: who encodes images and makes the shards; all processes call this together. None = these processes.
 
@@ -118,12 +117,12 @@ def _job_of_pool(
 ) -> shards.Job:
     """Features are made first, by all processes; the autoencoder by one, while the others wait."""
     places = [n for n in range(len(rows)) if len(image_entries(rows[n])) == 1]
-    own = [image_entries(rows[n])[0] for n in places]
+    own = entries_of(rows, [(n, 0) for n in places])
     keys = engine.processes.share(len(own), lambda k: image_key(own[k]))
     right = prompts = sae = None
     decides = decides | {"pool": pool.digest}
     if embeddings is not None:
-        embeddings.fill_images(engine, keys + pool.keys, own + pool.entries)
+        embeddings.fill_images(engine, keys + pool.keys, chained(own, pool.entries))
         right = embeddings.images(keys, own).to(device) if own else None
         found = embeddings.images(pool.keys, pool.entries).to(device)
         pool = Pool(pool.keys, pool.entries, pool.scenes, found)

@@ -16,9 +16,10 @@ from aspo.folder import ROWS_FILE, image_entries, read_lines
 from aspo.negatives.embeddings import Embeddings, image_key
 from aspo.negatives.figures import reuse_figures, similarity_figures, truth_figures
 from aspo.negatives.pictures import plot_grid, plot_projection
+from aspo.negatives.pool import Pool
 from aspo.negatives.sae import load_sae
 from aspo.negatives.selection import LOW_RANGE
-from aspo.negatives.sources import POOLED, Options, Pool
+from aspo.negatives.sources import POOLED, Options
 from aspo.resume import write_json
 from aspo.shards import Engine
 

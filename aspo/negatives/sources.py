@@ -17,7 +17,6 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,18 +24,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from aspo.folder import image_entries, row_name
-from aspo.negatives.embeddings import image_key
+from aspo.folder import row_name
 from aspo.negatives.figures import scene_in_box
+from aspo.negatives.pool import Pool
 from aspo.negatives.sae import BilinearSae
 from aspo.negatives.selection import select
 from aspo.pairs.noise import NOISE_STEPS, add_noise
-from aspo.rows import load_rows
 
 METHODS = ("misp", "random", "hard", "crop", "noise")
 POOLED = ("misp", "random", "hard")
 COUNTS = (1, 16)  # fewest and most negatives of a row
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SELECT_ELEMENTS = 2**25  # numbers that one batch of rows may hold while it is scored: 128 MiB
 Row = Mapping[str, Any]
@@ -89,24 +86,6 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Pool:
-    """Distinct images that negatives may be, in the order in which they were first seen.
-
-    scenes: their truth where it is known (the embedded world's). features: (m, d), or None where nothing is compared.
-    """
-
-    keys: list[str]
-    entries: list[Any]
-    scenes: list[Any]
-    features: Tensor | None = None
-
-    @property
-    def digest(self) -> str:
-        """A hash of what is in it."""
-        return hashlib.sha256(" ".join(self.keys).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
 class Negatives:
     """A row's negatives: image entries, log of their sampling density, their truth; both where there are any."""
 
@@ -114,30 +93,6 @@ class Negatives:
     log_q: list[float] | None = None
     scenes: list[Any] | None = None
     diversity_range: float = math.nan
-
-
-def read_pool(source: str | Path | Sequence[Row], image_root: str | Path | None = None) -> Pool:
-    """The distinct images of rows (anything that `load_rows` reads), or of a folder of image files and its folders.
-
-    Raises ValueError where there are none, or one cannot be read.
-    """
-    if isinstance(source, str | Path) and not str(source).startswith("world:") and Path(source).is_dir():
-        files = sorted(path for path in Path(source).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        native = any((Path(source) / name).exists() for name in ("rows.jsonl", "state.json", "dataset_dict.json"))
-        if files and not native:
-            return _pool([(str(path), None) for path in files], source)
-    rows = load_rows(source, kind="prompt", image_root=image_root) if isinstance(source, str | Path) else source
-    found = [(entry, row.get("scene")) for row in rows for entry in image_entries(row)]
-    return _pool(found, source if isinstance(source, str | Path) else "the data")
-
-
-def _pool(found: Sequence[tuple[Any, Any]], source: str | Path) -> Pool:
-    if not found:
-        raise ValueError(f"{source} holds no images to pick negatives from; name others with --pool")
-    distinct: dict[str, tuple[Any, Any]] = {}
-    for entry, scene in found:
-        distinct.setdefault(image_key(entry), (entry, scene))
-    return Pool(list(distinct), [entry for entry, _ in distinct.values()], [scene for _, scene in distinct.values()])
 
 
 def generator_of(row: Row, seed: int, purpose: str) -> torch.Generator:
