@@ -40,7 +40,7 @@ def evaluate(
     save: Callable[[Sequence[Item]], None] = lambda items: None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> list[Item]:
-    """One item per row: {"id", "key", "counts", ...}, in the rows' order.
+    """One item per row: {"id", "key", "asked", "counts", ...}, in the rows' order.
 
     Args:
         rows: evaluation rows (see the module). `id` names an item (its number where it has none); rows about the same
@@ -59,7 +59,8 @@ def evaluate(
     items: list[Item] = []
     for start in range(0, len(rows), options.batch_size):
         batch = [dict(rows[i]) for i in range(start, min(start + options.batch_size, len(rows)))]
-        keys = [_key(row, identity, options, vocabulary) for row in batch]
+        contents = [_content(row, vocabulary) for row in batch]
+        keys = [_hash(content, identity, asdict(options)) for content in contents]
         if not all(key in done for key in keys):
             results: list[Item] = [{} for _ in batch]
             for kind, judged in JUDGES.items():
@@ -73,8 +74,8 @@ def evaluate(
             results = [done[key] for key in keys]
         # The id is not part of the key: the same question about the same image may stand in two rows.
         items += [
-            {**item, "id": str(row.get("id", start + k))}
-            for k, (row, item) in enumerate(zip(batch, results, strict=True))
+            {**item, "id": str(row.get("id", start + k)), "asked": _asked(content, item)}
+            for k, (row, content, item) in enumerate(zip(batch, contents, results, strict=True))
         ]
         progress(len(batch))
     return items
@@ -98,14 +99,24 @@ def _kind(index: int, row: Row, vocabulary: ObjectVocabulary | None) -> str:
     )
 
 
-def _key(row: Row, identity: str, options: Options, vocabulary: ObjectVocabulary | None) -> str:
-    """What an item depends on, as a hash: the row's content with its images, the model, the options."""
+def _content(row: Row, vocabulary: ObjectVocabulary | None) -> str:
+    """A hash of what a row asks and of its truth, with its images."""
     columns = ("prompt", "scene", "question", "answer", "objects", "split", "cluster")
     truth = {name: row[name] for name in columns if row.get(name) is not None}
     if "objects" in truth and vocabulary is not None:
         truth["vocabulary"] = vocabulary.canonical
-    text = json.dumps([truth, identity, asdict(options), image_hash(row)], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _hash(truth, image_hash(row))
+
+
+def _asked(content: str, item: Item) -> str:
+    """A hash of what an item was asked, whatever was answered: the same for every system that may be compared on it."""
+    questions = [[q["split"], q["question"], q["answer"]] for q in item.get("questions", ())]
+    pairs = [[pair["true"], pair["false"]] for pair in item.get("minimal_pairs", ())]
+    return _hash(content, questions, pairs)[:16]
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 DESCRIPTION = """\

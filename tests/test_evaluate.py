@@ -21,6 +21,7 @@ from aspo.evaluation.identity import fingerprint, model_identity
 from aspo.evaluation.judges import Options, scene_counts
 from aspo.evaluation.metrics import ObjectVocabulary, summarise
 from aspo.evaluation.minimal_pairs import margins
+from aspo.evaluation.statistics import compare
 from aspo.folder import load_images, write_rows
 from aspo.generation import Answer
 from aspo.model import load_model
@@ -146,6 +147,7 @@ def test_question_rows_cluster_by_image(fake):
     figures = summarise([item["counts"] for item in items])
     assert (figures["yes_no_accuracy_random"], figures["yes_no_accuracy_popular"]) == (0.5, 0.0)
     assert items[0]["cluster"] == items[1]["cluster"] != items[2]["cluster"]
+    assert evaluate(MODEL, None, [rows[0] | {"cluster": 0}])[0]["cluster"] == 0
 
 
 def test_object_rows(fake):
@@ -155,6 +157,34 @@ def test_object_rows(fake):
     assert item["named"] == ["circle", "square", "ring", "square"]
     assert (figures["chair_i"], figures["chair_s"], figures["object_coverage"]) == (3 / 4, 1.0, 1.0)
     assert "coverage" not in figures
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "differs"),
+    [
+        ({}, {"options": Options(questions=2)}, True),
+        ({"options": Options(questions=2)}, {"options": Options(questions=2, seed=5)}, True),
+        ({"options": Options(minimal_pairs=1)}, {"options": Options(minimal_pairs=1, seed=5)}, True),
+        ({}, {"row": {"scene": Scene(SCENE.things[:3]).to_json()}}, True),
+        ({}, {"row": {"prompt": "Describe it."}}, True),
+        ({}, {"row": {"images": _row(1)["images"]}}, True),
+        ({}, {"options": Options(temperature=0.5, max_new_tokens=9, batch_size=3)}, False),
+        ({"options": Options(questions=0)}, {"options": Options(questions=0, seed=5)}, False),
+        ({}, {"model": torch.nn.Linear(2, 2)}, False),
+    ],
+)
+def test_systems_that_were_asked_other_things_are_not_compared(fake, one, other, differs):
+    def items(model=MODEL, options=None, row=None):
+        return evaluate(model, None, [_row(0, scene=SCENE.to_json()) | (row or {})], options)
+
+    both = {"a": items(**one), "b": items(**other)}
+    if differs:
+        with pytest.raises(ValueError, match=r"a and b were asked different things in 1 of 1 items \(such as 'row0'\)"):
+            compare(both)
+        older = {name: [{k: v for k, v in item.items() if k != "asked"} for item in of] for name, of in both.items()}
+        assert compare(older).items == 1
+    else:
+        assert compare(both).items == 1
 
 
 def test_a_finished_item_is_not_computed_again(fake):

@@ -217,6 +217,11 @@ def test_clusters_are_resampled_together():
     assert (clustered.high - clustered.low) / (free.high - free.low) == pytest.approx(math.sqrt(10), rel=0.15)
 
 
+def test_a_cluster_may_be_called_0():
+    items = [{**item, "cluster": k // 2} for k, item in enumerate(_items([0, 1, 1, 0], [1, 1, 1, 1]))]
+    assert compare({"a": items}, resamples=100).clusters == 2
+
+
 def test_the_order_of_items_does_not_matter_between_systems():
     a, b = _items([1, 0, 3, 2], [2, 2, 6, 3]), _items([0, 0, 2, 2], [2, 4, 4, 3])
     one = compare({"a": a, "b": b}, [("a", "b")]).differences["a", "b"][RATE]

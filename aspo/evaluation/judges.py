@@ -159,7 +159,8 @@ def judge_questions(model: Any, processor: Any, rows: list[Row], options: Option
     for row, answer in zip(rows, _generate(model, processor, rows, options, start, ANSWER_TOKENS), strict=True):
         truth = str(row["answer"]).strip().casefold()
         counts = yes_no_counts([(str(row.get("split") or "all"), truth, answer.text)])
-        items.append({"text": answer.text, "cluster": row.get("cluster") or image_hash(row), "counts": counts})
+        cluster = image_hash(row) if row.get("cluster") is None else row["cluster"]
+        items.append({"text": answer.text, "cluster": cluster, "counts": counts})
     return items
 
 

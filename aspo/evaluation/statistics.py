@@ -55,8 +55,8 @@ def compare(
     """Figures of several systems on the same items, with paired bootstrap intervals.
 
     Args:
-        evaluations: system -> its items as `aspo eval` stores them: {"id", "counts", optional "cluster"}. Items are
-            joined by id, and items of one cluster (several questions about one image) are resampled together.
+        evaluations: system -> its items as `aspo eval` stores them: {"id", "counts", optional "cluster", "asked"}.
+            Items are joined by id, and items of one cluster (several questions about one image) are resampled together.
         differences: pairs (a, b) of systems; a minus b is estimated.
         resamples, level, seed: percentile bootstrap; the same seed gives the same intervals.
 
@@ -107,7 +107,7 @@ def compare(
 
 
 def _cluster(item: Mapping[str, Any]) -> str:
-    return str(item.get("cluster") or item["id"])
+    return str(item["id"] if item.get("cluster") is None else item["cluster"])
 
 
 def _by_id(system: str, items: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -125,6 +125,13 @@ def _check_same_items(a: str, left: Mapping[str, Any], b: str, right: Mapping[st
         raise ValueError(
             f"{a} has {len(left)} items, {b} {len(right)}, and {len(missing)} are in one only "
             f"(such as {min(missing)!r}); evaluate both on the same data with the same --limit"
+        )
+    # Benchmarks' items, and older ones, do not say what was asked.
+    noted = [name for name in left if left[name].get("asked") is not None and right[name].get("asked") is not None]
+    if other := [name for name in noted if left[name]["asked"] != right[name]["asked"]]:
+        raise ValueError(
+            f"{a} and {b} were asked different things in {len(other)} of {len(left)} items (such as {other[0]!r}): "
+            "evaluate both on the same rows, with the same --questions, --minimal-pairs and --seed"
         )
 
 
