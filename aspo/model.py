@@ -40,7 +40,8 @@ MAX_HEAD_ERROR = 0.02  # of the largest logit: bf16 keeps 8 bits, a forgotten sc
 def resolve_device(device: str | torch.device | None = None) -> torch.device:
     """The device of a name; None = the accelerator that torch finds, else the CPU."""
     if device is None:
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        # Asked whether it is there: by itself torch names the one that it was built for.
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # torch says AssertionError where it was built without CUDA

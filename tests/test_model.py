@@ -24,6 +24,7 @@ from aspo.model import (
     check_head,
     load_model,
     output_head,
+    resolve_device,
     response_logps,
     trunk_hidden,
 )
@@ -232,6 +233,16 @@ def test_loading(folder, tmp_path):
         load_model(folder, device="tpu9")
     with pytest.raises(ValueError, match="is no adapter"):
         load_model(folder, base="elsewhere")
+
+
+def test_a_torch_built_for_gpus_runs_on_a_machine_without_one(monkeypatch):
+    """What pip installs by default; asked without check_available, it names the device that it was built for."""
+
+    def built_for_cuda(check_available=False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for_cuda)
+    assert resolve_device() == torch.device("cpu")
 
 
 def test_loading_an_adapter_and_its_moved_base(folder, tmp_path):
