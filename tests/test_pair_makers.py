@@ -284,7 +284,8 @@ def test_which_beams_go_on_and_which_pairs_are_dropped():
     row = {"id": "x", "prompt": "?"}
     assert csr.pair(row, []).status == "unfinished" and csr.pair(row, beams[:1]).status == "identical"
     assert csr.pair(row, [csr.Beam("a", (1.0,)), csr.Beam("b", (1.0,))]).status == "no contrast"
-    assert {"unfinished", "identical", "no contrast"} <= csr.DROPPED.keys()
+    words = {name: csr.DROPPED[name] for name in ("unfinished", "identical", "no contrast")}
+    assert "only one" in words["identical"] and "only one" not in words["unfinished"]
 
 
 def test_csr_chooses_what_scores_higher(tmp_path, capsys):
@@ -388,6 +389,16 @@ def test_similarity_as_the_verifier():
         ("w", "a"): True,
     }
     assert sentinel.by_similarity(cosine, 0.0)({}, {"y": ["b", "d"]}) == {("y", "b"): True, ("y", "d"): False}
+    assert sentinel.by_similarity(cosine, 0.0)({}, {"x": ["b", "b"]}) == {("x", "b"): True}  # ended, and not
+
+
+@pytest.mark.parametrize("beginning", ["", "The circle is red."])
+def test_a_sentence_without_words_is_neither_faithful_nor_hallucinated(beginning):
+    verify = sentinel.truth([{"id": "x", "scene": SCENE}])
+    asked = {"x": [".", "...", "It is small.", "The star is red."]}
+    verdicts = verify({"x": beginning}, asked)
+    assert verdicts.pop(("x", "The star is red.")) is False
+    assert verdicts == ({("x", "It is small."): True} if beginning else {})
 
 
 def test_what_both_sides_share_is_the_same_tokens(vlm, tmp_path):
@@ -416,6 +427,7 @@ def test_unpaired_rows(tmp_path, capsys, monkeypatch):
     own = world_rows("train", 2)
     own[0] |= {"chosen": "Yes.", "rejected": "No."}
     own[1] |= {"chosen": "It is", "rejected": "It was", "unfinished": True, "rejected_images": own[0]["images"]}
+    own[1]["sample_weight"] = 0.5
     write_rows(tmp_path / "data", own)
     monkeypatch.setattr(pairs, "load_model", None)
     argv = ("--method", "unpaired", "--data", tmp_path / "data", "--out", tmp_path / "out")
@@ -428,6 +440,7 @@ def test_unpaired_rows(tmp_path, capsys, monkeypatch):
         (f"{name}-rejected", "No.", False),
     ]
     assert [row.get("unfinished") for row in made] == [None, None, True, True]
+    assert [row.get("sample_weight") for row in made] == [None, None, 0.5, 0.5]
     assert made[0]["images"] == made[1]["images"] == made[3]["images"] != made[2]["images"]
     write_rows(tmp_path / "prompts", world_rows("train", 1))
     with pytest.raises(ValueError, match="column 'chosen': missing"):

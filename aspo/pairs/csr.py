@@ -26,8 +26,8 @@ from aspo.scorers import load_scorer
 OPTIONS = {**steps.OPTIONS, "beams": 2, "clip_weight": 0.9}
 NOUNS = ("pairs", "prompts")
 DROPPED = {
-    "unfinished": "no answer, or only one, ended within --max-sentences of at most --max-new-tokens",
-    "identical": "every answer that ended is the same",
+    "unfinished": "no answer ended within --max-sentences of at most --max-new-tokens",
+    "identical": "only one answer ended, or all that did are the same",
     "no contrast": "the best and the worst answer have the same score",
     "no image": "the prompt has no image",
 }

@@ -139,9 +139,10 @@ def truth(rows: Sequence[Row]) -> Verifier:
         verdicts = {}
         for name, texts in sentences.items():
             for text in texts:
-                claim = judge_text(f"{beginnings[name]} {text}", scenes[name])[-1]
-                if claim.checkable:
-                    verdicts[name, text] = claim.verdict == "true"
+                claims = judge_text(f"{beginnings[name]} {text}", scenes[name])
+                own = [claim for claim in claims if claim.start >= len(beginnings[name])]  # none: it has no words
+                if own and own[-1].checkable:
+                    verdicts[name, text] = own[-1].verdict == "true"
         return verdicts
 
     return verify
@@ -154,7 +155,7 @@ def by_similarity(similarity: steps.Similarity, margin: float) -> Verifier:
         cosines = similarity(sentences)
         verdicts = {}
         for name, texts in sentences.items():
-            order = sorted(texts, key=lambda text: -cosines[name, text])
+            order = sorted(dict.fromkeys(texts), key=lambda text: -cosines[name, text])
             if order:
                 verdicts[name, order[0]] = FAITHFUL
             if len(order) > 1 and cosines[name, order[0]] - cosines[name, order[-1]] >= margin:
