@@ -27,4 +27,11 @@ def maker(options: Options, load: Load) -> Make:
 def _labelled(row: Row, column: str) -> Row:
     of_both = {name: row[name] for name in ("unfinished", "sample_weight") if row.get(name) is not None}
     own = {"images": row[f"{column}_images"]} if row.get(f"{column}_images") else {}  # read with other images
-    return {**kept_columns(row), **of_both, **own, "id": f"{row['id']}-{column}", "completion": row[column], "label": column == "chosen"}
+    return {
+        **kept_columns(row),
+        **of_both,
+        **own,
+        "id": f"{row['id']}-{column}",
+        "completion": row[column],
+        "label": column == "chosen",
+    }
