@@ -10,7 +10,7 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 from aspo.evaluation.identity import model_identity
-from aspo.evaluation.judges import JUDGES, Item, Options, Row, image_hash
-from aspo.evaluation.metrics import ObjectVocabulary
+from aspo.evaluation.judges import JUDGES, Item, Options, Row, image_hash, split_and_truth
+from aspo.evaluation.metrics import YES_NO_SPLITS, ObjectVocabulary
 from aspo.evaluation.statistics import compare, markdown
 from aspo.folder import append_line, read_lines
 from aspo.model import check_model, load_model
 from aspo.rows import load_rows, validate_rows
 from aspo.suite import command as suite
+from aspo.validate import bad_row, named_column, short_repr
+from aspo.world.scenes import Scene
 
 
 def evaluate(
@@ -43,18 +45,18 @@ def evaluate(
     """One item per row: {"id", "key", "asked", "counts", ...}, in the rows' order.
 
     Args:
-        rows: evaluation rows (see the module). `id` names an item (its number where it has none); rows about the same
-            image share a `cluster`.
+        rows: evaluation rows (see the module). `id`, each row's own, names an item (its number where it has none);
+            rows about the same image share a `cluster`.
         vocabulary: needed for rows with `objects`.
         done: items of an earlier run by key; a batch whose rows all are in it is not computed again.
         save: called with the items of each batch that was computed.
         progress: called with the number of rows after each batch.
 
-    Raises ValueError for a row without truth, or one that has `objects` where no vocabulary is given.
+    Raises ValueError as `check_truth` does, before anything is generated.
     """
     options = options or Options()
     done = done or {}
-    kinds = [_kind(index, row, vocabulary) for index, row in enumerate(rows)]
+    kinds = check_truth(rows, vocabulary)
     identity = model_identity(model, processor)
     items: list[Item] = []
     for start in range(0, len(rows), options.batch_size):
@@ -74,29 +76,62 @@ def evaluate(
             results = [done[key] for key in keys]
         # The id is not part of the key: the same question about the same image may stand in two rows.
         items += [
-            {**item, "id": str(row.get("id", start + k)), "asked": _asked(content, item)}
+            {**item, "id": _id(start + k, row), "asked": _asked(content, item)}
             for k, (row, content, item) in enumerate(zip(batch, contents, results, strict=True))
         ]
         progress(len(batch))
     return items
 
 
+def check_truth(rows: Iterable[Row], vocabulary: ObjectVocabulary | None = None) -> list[str]:
+    """Each row's kind of truth: "scene", "question" or "objects".
+
+    Raises ValueError, naming the row, for one without truth or with one that cannot be read, for `objects` without a
+    vocabulary or that are not in it, and for an id that an earlier row has.
+    """
+    kinds: list[str] = []
+    places: dict[str, int] = {}
+    for index, row in enumerate(rows):
+        kinds.append(_kind(index, row, vocabulary))
+        before = places.setdefault(_id(index, row), index)
+        if before != index:
+            raise bad_row(
+                index, row, "id", f"row {before} has it too; ids must differ (`cluster` is what rows of an image share)"
+            )
+    return kinds
+
+
+def _id(index: int, row: Row) -> str:
+    return str(index if row.get("id") is None else row["id"])
+
+
 def _kind(index: int, row: Row, vocabulary: ObjectVocabulary | None) -> str:
     if row.get("scene") is not None:
+        named_column("scene", index, row, Scene.from_json, row["scene"])
         return "scene"
     if row.get("question") is not None and row.get("answer") is not None:
+        split, truth = split_and_truth(row)
+        if split not in (*YES_NO_SPLITS, "all"):
+            known = ", ".join(YES_NO_SPLITS)
+            raise bad_row(index, row, "split", f"it is {short_repr(row['split'])}; it must be one of {known}, all")
+        if truth not in ("yes", "no"):
+            raise bad_row(index, row, "answer", f'it is {short_repr(row["answer"])}; it must be "yes" or "no"')
         return "question"
     if row.get("objects") is not None:
         if vocabulary is None:
-            raise ValueError(
-                f"row {index} has 'objects': give the object vocabulary, a file with its names (--objects)"
-            )
-        for name in row["objects"]:
-            vocabulary.name(name)
+            raise bad_row(index, row, "objects", "give the object vocabulary, a file with its names (--objects)")
+        named_column("objects", index, row, _check_objects, row["objects"], vocabulary)
         return "objects"
     raise ValueError(
         f"row {index} has no truth to judge an answer by: it needs 'scene', 'question' + 'answer' or 'objects'"
     )
+
+
+def _check_objects(objects: Any, vocabulary: ObjectVocabulary) -> None:
+    if not isinstance(objects, list | tuple) or not all(isinstance(name, str) for name in objects):
+        raise ValueError(f"it is {short_repr(objects)}; it must be a list of names")
+    for name in objects:
+        vocabulary.name(name)
 
 
 def _content(row: Row, vocabulary: ObjectVocabulary | None) -> str:
@@ -180,6 +215,7 @@ def run(args: argparse.Namespace) -> int:
         vocabulary = ObjectVocabulary(args.objects.read_text(encoding="utf-8").splitlines())
     rows = load_rows(args.data, kind="prompt", limit=args.limit, image_root=args.image_root)
     validate_rows(rows, kind="prompt")
+    check_truth(rows, vocabulary)
     model, processor = (
         load_model(args.adapter, args.dtype, base=args.model) if args.adapter else load_model(args.model, args.dtype)
     )
@@ -215,15 +251,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _finished(out: Path, partial: Path) -> dict[str, Item]:
     """Items of an earlier run by key: of its result, or of what it had done when it was stopped."""
-    items: list[Item] = []
+    done: dict[str, Item] = {}
     if out.is_file():
         try:
-            items = json.loads(out.read_text(encoding="utf-8"))["items"]
+            done = {item["key"]: item for item in json.loads(out.read_text(encoding="utf-8"))["items"]}
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"{out} exists and is no result of `aspo eval`: name another --out, or delete it"
             ) from None
-    return {item["key"]: item for item in [*items, *read_lines(partial)]}
+    return done | {item["key"]: item for item in read_lines(partial)}
 
 
 def _write(out: Path, result: Mapping[str, Any], items: Sequence[Item]) -> None:

@@ -63,8 +63,10 @@ def read_evaluation(path: Path) -> list[dict[str, Any]]:
     """The items of a file that `aspo eval` wrote. Raises ValueError for any other file."""
     read = parse_json(path.read_bytes(), str(path))
     items = read.get("items") if isinstance(read, Mapping) else None
-    if not isinstance(items, list) or not all(isinstance(item, Mapping) and _counts(item) for item in items):
-        raise ValueError(f"{path} is not a file that `aspo eval` wrote: it has no items with counts")
+    if not isinstance(items, list) or not all(
+        isinstance(item, Mapping) and "id" in item and _counts(item) for item in items
+    ):
+        raise ValueError(f"{path} is not a file that `aspo eval` wrote: it has no items with ids and counts")
     return items
 
 
@@ -73,13 +75,14 @@ def _counts(item: Mapping[str, Any]) -> bool:
     return isinstance(counts, Mapping) and all(value is None or _is_number(value) for value in counts.values())
 
 
-def by_stem(paths: Sequence[Path], what: str) -> dict[str, Path]:
-    """Name -> path, the name being the file's without its ending. Raises ValueError where two are the same."""
+def by_name(paths: Sequence[Path], what: str) -> dict[str, Path]:
+    """Name -> path: a folder's name, a file's without its ending. Raises ValueError where two are the same."""
     named: dict[str, Path] = {}
     for path in paths:
-        if path.stem in named:
-            raise ValueError(f"{what}: {named[path.stem]} and {path} would both be called {path.stem!r}; rename one")
-        named[path.stem] = path
+        name = path.name if path.is_dir() else path.stem
+        if name in named:
+            raise ValueError(f"{what}: {named[name]} and {path} would both be called {name!r}; rename one")
+        named[name] = path
     return named
 
 
@@ -183,8 +186,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--data and --model go together: the model's perplexity weighs the data's sentences")
     if args.items < 1:
         raise ValueError(f"--items is {args.items}; it must be at least 1")
-    histories = {name: read_history(path) for name, path in by_stem(args.runs, "--runs").items()}
-    evaluations = {name: read_evaluation(path) for name, path in by_stem(args.evals, "--evals").items()}
+    histories = {name: read_history(path) for name, path in by_name(args.runs, "--runs").items()}
+    evaluations = {name: read_evaluation(path) for name, path in by_name(args.evals, "--evals").items()}
     styles = {name: k for k, name in enumerate(dict.fromkeys([*(evaluations or ["base"]), *histories]))}
     sections, about = [], []
     if evaluations:

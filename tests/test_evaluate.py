@@ -4,6 +4,7 @@ import aspo  # isort: skip  # noqa: F401  (first: it makes torchvision importabl
 import argparse
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -316,8 +317,35 @@ def test_rows_without_truth_are_refused(fake):
         evaluate(MODEL, None, [_row(0, objects=["zebra"])], vocabulary=ObjectVocabulary(["dog"]))
     with pytest.raises(ValueError, match="even"):
         Options(questions=3)
-    with pytest.raises(ValueError, match=r"'hard'.*random"):
-        evaluate(MODEL, None, [_row(0, question="Is there a dog?", answer="no", split="hard")])
+
+
+DOG = {"question": "Is there a dog?", "answer": "no"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**DOG, "split": "hard"}, "column 'split': it is 'hard'; it must be one of random, popular, adversarial, all"),
+        ({**DOG, "answer": "Yes."}, "column 'answer': it is 'Yes.'; it must be \"yes\" or \"no\""),
+        ({"objects": 3}, "column 'objects': it is 3; it must be a list of names"),
+        ({"objects": [3]}, "column 'objects': it is [3]; it must be a list of names"),
+        ({"objects": "dog"}, "column 'objects': it is 'dog'; it must be a list of names"),
+        ({"objects": ["zebra"]}, "column 'objects': object 'zebra' is not in"),
+        ({"scene": {"things": [{"shape": "circle"}]}}, "column 'scene': not a scene"),
+        ({**DOG, "id": "first"}, "column 'id': row 0 has it too; ids must differ"),
+    ],
+)
+def test_a_bad_row_is_named_before_the_model_is_loaded(fake, tmp_path, monkeypatch, row, message):
+    rows = [_row(0, **DOG) | {"id": "first"}, _row(1) | row]
+    write_rows(tmp_path / "rows", rows)
+    (tmp_path / "objects.txt").write_text("dog\ncat\n")
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    said = re.escape(f"row 1 (id '{rows[1]['id']}'), {message}")
+    with pytest.raises(ValueError, match=said):
+        command.run(_arguments(tmp_path, **{"--objects": str(tmp_path / "objects.txt")}))
+    with pytest.raises(ValueError, match=said):
+        evaluate(MODEL, None, rows, vocabulary=ObjectVocabulary(["dog", "cat"]))
+    assert fake.rows == 0
 
 
 def _arguments(tmp_path, **changes):
@@ -375,7 +403,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(fake, tmp_p
     with pytest.raises(ValueError, match="is a folder; name a file"):
         command.run(_arguments(tmp_path, **{"--out": str(tmp_path)}))
     foreign = tmp_path / "foreign.json"
-    foreign.write_text('{"rows": 3}')
-    with pytest.raises(ValueError, match="is no result of `aspo eval`"):
-        command.run(_arguments(tmp_path, **{"--out": str(foreign)}))
-    assert foreign.read_text() == '{"rows": 3}'
+    for content in ('{"rows": 3}', '{"items": [{"id": "of another harness", "counts": {}}]}'):
+        foreign.write_text(content)
+        with pytest.raises(ValueError, match="is no result of `aspo eval`"):
+            command.run(_arguments(tmp_path, **{"--out": str(foreign)}))
+        assert foreign.read_text() == content

@@ -225,6 +225,14 @@ def test_history_comes_from_the_newest_state(tmp_path):
     assert report.read_history(tmp_path)[-1]["step"] == 10
 
 
+def test_a_folder_has_no_ending(tmp_path):
+    paths = [tmp_path / name for name in ("lr0.1", "lr0.5", "lr0.1.json")]
+    for path in paths[:2]:
+        path.mkdir()
+    assert list(report.by_name(paths[:2], "--runs")) == ["lr0.1", "lr0.5"]
+    assert list(report.by_name(paths[2:], "--evals")) == ["lr0.1"]  # the run's colour
+
+
 def test_wrong_inputs_say_what_to_do(tmp_path):
     def run(*argv):
         parser = argparse.ArgumentParser()

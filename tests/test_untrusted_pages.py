@@ -107,6 +107,7 @@ def test_a_report_reads_no_other_files(tmp_path):
         "b": '{"items": [1]}',
         "c": '{"items": [{"counts": {"x": "y"}}]}',
         "d": "\x00",
+        "e": '{"items": [{"counts": {"x": 1}}]}',
     }.items():
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match=rf"{name} is n"):

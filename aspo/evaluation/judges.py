@@ -153,12 +153,16 @@ def _scene_pairs(scene: Scene, options: Options) -> list[tuple[str, str]]:
     return random.Random(f"{scene.content_hash}:{options.seed}").sample(pairs, options.minimal_pairs)
 
 
+def split_and_truth(row: Row) -> tuple[str, str]:
+    """Of a yes/no question; "all" is no split, but all questions."""
+    return str(row.get("split") or "all"), str(row["answer"]).strip().casefold()
+
+
 def judge_questions(model: Any, processor: Any, rows: list[Row], options: Options, start: int, _: Any) -> list[Item]:
     """Yes/no questions; those about one image form a cluster."""
     items = []
     for row, answer in zip(rows, _generate(model, processor, rows, options, start, ANSWER_TOKENS), strict=True):
-        truth = str(row["answer"]).strip().casefold()
-        counts = yes_no_counts([(str(row.get("split") or "all"), truth, answer.text)])
+        counts = yes_no_counts([(*split_and_truth(row), answer.text)])
         cluster = image_hash(row) if row.get("cluster") is None else row["cluster"]
         items.append({"text": answer.text, "cluster": cluster, "counts": counts})
     return items
