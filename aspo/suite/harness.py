@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -14,6 +15,7 @@ from transformers import AutoConfig
 from aspo import trust
 from aspo.model import resolve_model
 from aspo.policy import merge_adapter
+from aspo.recipes.keys import key_of, source_key
 from aspo.suite import lmms_eval, vlmevalkit
 from aspo.suite.benchmark import Item
 from aspo.suite.judge import Judge
@@ -49,21 +51,24 @@ EXTERNAL = {
 
 @dataclass(frozen=True)
 class Harness:
-    """A harness: its module, how to get it, its command for a model and task, and how its results are read."""
+    """A harness: its module, how to get it, its command for a model and task, how its results are read, and whether it
+    goes on from the files that an earlier run of it left."""
 
     module: str
     install: str
     command: Callable[..., tuple[list[str], dict[str, str]]]
     results: Callable[[Path, str], tuple[dict[str, float], list[Item]]]
+    goes_on: bool
 
 
 HARNESSES = {
-    "lmms-eval": Harness("lmms_eval", "pip install lmms-eval", lmms_eval.command, lmms_eval.results),
+    "lmms-eval": Harness("lmms_eval", "pip install lmms-eval", lmms_eval.command, lmms_eval.results, False),
     "vlmevalkit": Harness(
         "vlmeval",
         "pip install git+https://github.com/open-compass/VLMEvalKit",
         vlmevalkit.command,
         vlmevalkit.results,
+        True,
     ),
 }
 
@@ -118,7 +123,7 @@ def run(
     limit: int | None = None,
     dtype: str | None = None,
 ) -> Outcome:
-    """Run a benchmark through a harness, in `folder`, where the harness's files stay.
+    """Run a benchmark through a harness, in a folder of its own in `folder`, where the harness's files stay.
 
     Raises ValueError where no harness is installed, the benchmark needs a judge that is not given, the harness has no
     way to load the model, or it fails; its own output goes to this process's.
@@ -128,13 +133,27 @@ def run(
         raise ValueError(f"{EXTERNAL[suite].title} is scored by a judge: --judge URL --judge-model NAME")
     folder.mkdir(parents=True, exist_ok=True)
     path = resolve_model(model) if adapter is None else str(merge_adapter(model, adapter, folder / MERGED, dtype))
-    kind = trust.pretrained(AutoConfig, path).model_type
+    config = trust.pretrained(AutoConfig, path)
+    revision = getattr(config, "_commit_hash", None)  # of a hub's model
+    asked = [task, source_key(model), revision, adapter and source_key(adapter), dtype, judge and judge.model]
+    work = _work_folder(folder, key_of(*asked), HARNESSES[name].goes_on)
     command, environment = HARNESSES[name].command(
-        path, kind, task, folder, judge=judge, batch_size=batch_size, limit=limit, dtype=dtype
+        path, config.model_type, task, work, judge=judge, batch_size=batch_size, limit=limit, dtype=dtype
     )
     print("$ " + " ".join(command), file=sys.stderr)
     status = subprocess.run(command, env=environment, check=False).returncode
     if status:
         raise ValueError(f"{name} failed with exit status {status}; its command was: {' '.join(command)}")
-    summary, items = HARNESSES[name].results(folder, task)
+    summary, items = HARNESSES[name].results(work, task)
     return Outcome(name, command, summary, items)
+
+
+def _work_folder(folder: Path, key: str, goes_on: bool) -> Path:
+    """Where a harness works: no files of another model or judge are there to be taken for this one's.
+
+    One that does not go on from earlier files finds none at all: both end with status 0 where a task fails, so that
+    only what they write says that it did not.
+    """
+    work = folder / key if goes_on else next(p for n in count(1) if not (p := folder / f"run-{n}").exists())
+    work.mkdir(exist_ok=True)
+    return work

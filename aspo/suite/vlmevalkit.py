@@ -101,8 +101,8 @@ def _number(text: str | None) -> float | None:
 
 
 def _items(folder: Path, task: str) -> list[Item]:
-    """Items of the record that has a score for each row; [] where there is none."""
-    for path in sorted(folder.glob(f"{NAME}_{task}_*.json")):
+    """Items of the newest record that has a score for each row; [] where there is none."""
+    for path in sorted(folder.glob(f"{NAME}_{task}_*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         rows = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
             continue
