@@ -41,9 +41,9 @@ def split_sentences(text: str, language: str = "en") -> list[Span]:
         cuts = _segment_starts(window, language)
         end = len(window)
         if at + len(window) < len(text):  # more text follows: what the window's last segment would be is not known yet
-            if cuts[-1] >= WINDOW // 2:
+            if cuts[-1] > 0:
                 end = cuts.pop()
-            else:  # one sentence of more than half a window: cut it at its last whitespace
+            else:  # one sentence of the whole window: cut it at its last whitespace
                 blank = next((i for i in range(len(window) - 1, WINDOW // 2, -1) if window[i].isspace()), None)
                 end = len(window) if blank is None else blank + 1
         starts += [at + cut for cut in cuts]

@@ -81,6 +81,19 @@ def test_windows_do_not_change_prose():
     assert cut("".join(sentences)) == sentences
 
 
+@pytest.mark.parametrize(("before", "length"), [(1500, 3000), (10, 4050), (2500, 3000)])
+def test_a_sentence_that_fits_a_window_is_whole_wherever_it_stands(before, length):
+    first, long = ("The ball " + "is very, " * (size // 9) + "red. " for size in (before, length))
+    sentences = [first, long, "It is small."]
+    assert cut("".join(sentences)) == sentences
+
+
+def test_a_sentence_longer_than_a_window_is_cut_between_words():
+    parts = cut("Yes. " + "A red ball, " * 1000 + "and that is all. It is small.")
+    assert parts[0] == "Yes. " and parts[-1] == "It is small."
+    assert all(part[-1].isspace() and WINDOW - 20 <= len(part) <= WINDOW for part in parts[1:-2])
+
+
 TOKENIZER = tiny_tokenizer()
 
 
