@@ -356,6 +356,27 @@ def test_an_option_that_would_be_ignored_is_refused(tmp_path, given, says):
     assert not (tmp_path / "out").exists()
 
 
+def test_rows_that_would_stop_it_behind_the_answers_are_refused_before_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("aspo.rewards.calibrate.generate_answers", lambda *_, **__: pytest.fail("it answered"))
+    rows = [dict(row) for row in load_rows("world:calibration", kind="prompt", limit=3)]
+    several = rows[1]["images"] + rows[2]["images"]
+
+    def refused(says: str, *extra: Any, **last: Any) -> None:
+        write_rows(tmp_path / "known", [*rows[:2], {**rows[2], **last, "id": "last"}])
+        with pytest.raises(ValueError, match=says):
+            rewards(*FISAO[:-6], "--calibrate", tmp_path / "known", *extra, "--out", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    refused("row 'last': it has 2 images; its answers are scored against one", images=several)
+    refused("row 'last': no truth to judge object words by", scene=None)
+    refused("row 'last': object 'giraffe' is not in the object vocabulary", objects=["giraffe"])
+    refused("row 'last': it has 0 images", "--analyse", images=[])
+    (other,) = load_rows("world:train", kind="prompt", limit=1)
+    pair = {**other, "id": "pair", "chosen": "A thing.", "rejected": "A circle."}
+    write_rows(tmp_path / "pairs", [{**pair, "rejected_images": [tiny_image("red"), tiny_image("blue")]}])
+    refused("row 'pair': it has 2 images; words are scored against one", "--data", tmp_path / "pairs")
+
+
 def _without_truth(folder: Path) -> Path:
     write_rows(folder, [{"id": "a", "prompt": "What?", "images": [tiny_image()]}])
     return folder

@@ -22,7 +22,15 @@ from aspo.generation import Answer, generate_answers
 from aspo.prompts import named
 from aspo.resume import write_json
 from aspo.rewards.object_words import ObjectVocabulary, ObjectWord, judge_words, load_vocabulary
-from aspo.rewards.verifier import BARE_WORD, WORLD_TEMPLATE, Calibration, ScoredWord, Verifier, calibrate
+from aspo.rewards.verifier import (
+    BARE_WORD,
+    WORLD_TEMPLATE,
+    Calibration,
+    ScoredWord,
+    Verifier,
+    calibrate,
+    check_answerable,
+)
 from aspo.rows import load_rows
 from aspo.scorers import LazyScorer, load_scorer
 from aspo.validate import validate_rows
@@ -34,12 +42,18 @@ Answered = dict[str, Any]  # id, text, tokens, finished, words: [[start, end, en
 
 
 def load_verifier(args: argparse.Namespace, device: Any) -> tuple[Any, Verifier]:
-    """The calibration rows, and the verifier that the options name."""
+    """The calibration rows, and the verifier that the options name.
+
+    Raises ValueError for a row whose answers could not be judged or scored: behind them it would cost them all.
+    """
     rows = load_rows(args.calibrate, kind="prompt", limit=args.calibrate_limit, image_root=args.image_root)
     validate_rows(rows, "prompt")
     if not {"objects", "scene"} & set(rows.column_names):
         raise ValueError(f"--calibrate {args.calibrate}: the rows have no truth, neither 'objects' nor 'scene'")
     vocabulary = load_vocabulary(args.objects, rows)
+    check_answerable(rows, fewest=1 if args.analyse else 0)  # it scores sentences too
+    for row in rows:
+        named(row, judge_words, "", [], row, vocabulary)
     if args.template is None:
         args.template = WORLD_TEMPLATE if args.scorer == "world" else BARE_WORD
     scorer = LazyScorer(load_scorer, args.scorer, device)

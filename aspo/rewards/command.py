@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from aspo import shards
-from aspo.folder import read_lines
+from aspo.folder import image_entries, read_lines
 from aspo.lazy import Lazy
 from aspo.model import load_model
 from aspo.rewards.analysis import run_analysis
@@ -169,6 +169,7 @@ def run_fisao(args: argparse.Namespace) -> int:
     calibration_rows, verifier = load_verifier(args, device)
     if rows is not None:
         check_apart(calibration_rows, rows, "--calibrate")
+        check_scorable(verifier, rows)
     names = ("method", "model", "scorer", "objects", "template", "calibrate", "calibrate_limit", "temperature",
              "max_new_tokens", "margin", "seed", "batch_size", "dtype", "image_root")  # fmt: skip
     settings = {**{name: getattr(args, name) for name in names}, "data": args.data}
@@ -184,6 +185,15 @@ def run_fisao(args: argparse.Namespace) -> int:
     if engine.processes.main:
         print(scored_summary(args.out))
     return 0
+
+
+def check_scorable(verifier: Verifier, rows: Sequence[Row]) -> None:
+    """ValueError, before the calibration is answered, for a response with words that could not be scored."""
+    for row in rows:
+        for read, columns in readings(row):
+            if len(image_entries(read)) > 1:
+                for column in columns:
+                    verifier.words(read, response_text(read[column]))
 
 
 def reward_words(verifier: Verifier, calibration: Calibration, rows: Sequence[Row]) -> list[Mapping[str, Spans]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -69,21 +69,26 @@ class Verifier:
         features = self.scorer.text_features([self.template.replace("{}", entry) for entry in entries])
         return dict(zip(entries, features, strict=True))
 
+    def words(self, row: Row, text: str) -> list[ObjectWord]:
+        """The object words of a text that can be scored: those of a row without an image cannot.
+
+        Raises ValueError where there are some and the row has several images.
+        """
+        count = len(image_entries(row))
+        found = self.vocabulary.words(text, fuzzy=True) if count else []
+        if found and count > 1:
+            raise ValueError(f"{row_name(row)}: it has {count} images; words are scored against one")
+        return found
+
     def scores(self, rows: Sequence[Row], texts: Sequence[Sequence[str]]) -> list[list[list[ScoredWord]]]:
         """The scored object words of each text of each row; every image is encoded once.
 
-        A row without an image has none. Raises ValueError for several images, and for a similarity that is not finite.
+        A row without an image has none. Raises ValueError as `words` does, and for a similarity that is not finite.
         """
-        words = [
-            [self.vocabulary.words(text, fuzzy=True) if image_entries(row) else [] for text in of_row]
-            for row, of_row in zip(rows, texts, strict=True)
-        ]
+        words = [[self.words(row, text) for text in of_row] for row, of_row in zip(rows, texts, strict=True)]
         wanted = [n for n, of_row in enumerate(words) if any(of_row)]
         if not wanted:
             return [[[] for _ in of_row] for of_row in words]
-        for n in wanted:
-            if (count := len(image_entries(rows[n]))) > 1:
-                raise ValueError(f"{row_name(rows[n])}: it has {count} images; words are scored against one")
         images = self.scorer.image_features([named(rows[n], load_images, rows[n])[0] for n in wanted])
         of_image = dict(zip(wanted, images, strict=True))
         scored: list[list[list[ScoredWord]]] = []
@@ -188,6 +193,16 @@ def auc(right: Sequence[float], wrong: Sequence[float]) -> float:
         return math.nan
     wins = ranks([*right, *wrong])[: len(right)].sum() - len(right) * (len(right) + 1) / 2
     return float(wins / (len(right) * len(wrong)))
+
+
+def check_answerable(rows: Iterable[Row], fewest: int = 0) -> None:
+    """ValueError, before any answer is made, for a row with an answer that could not be scored.
+
+    fewest: images that it must have, 0 or 1; one is the most.
+    """
+    for row in rows:
+        if not fewest <= (count := len(image_entries(row))) <= 1:
+            raise ValueError(f"{row_name(row)}: it has {count} images; its answers are scored against one: drop it")
 
 
 def compare_towers(model: nn.Module, scorer: Scorer) -> dict[str, Any]:
