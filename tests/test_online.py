@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from aspo import cli
 from aspo.cli import Parser
-from aspo.data import load_rows
+from aspo.data import load_rows, write_rows
 from aspo.generation import Answer
 from aspo.model import load_model, response_logps
 from aspo.online.command import add_arguments, run
@@ -398,6 +398,23 @@ def test_an_error_between_a_rounds_steps_keeps_no_half_round(calibration, tmp_pa
     with pytest.raises(ValueError, match="norm is nan"):
         online(*command(calibration, tmp_path / "out", 2), "--epochs", 1, "--save-rounds", 10)
     assert steps == [0, 0, 1, 1] and not checkpoints(tmp_path / "out")
+
+
+def test_a_prompt_with_two_images_is_refused_before_the_first_round(calibration, tmp_path):
+    rows = [dict(row) for row in load_rows("world:train", kind="prompt", limit=2)]
+    rows[1] |= {"id": "both", "images": rows[0]["images"] + rows[1]["images"]}
+    write_rows(tmp_path / "data", rows)
+    with pytest.raises(ValueError, match="row 'both': it has 2 images; its answers are scored against one: drop it"):
+        online(*command(calibration, tmp_path / "out", 1), "--data", tmp_path / "data")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_goes_on_with_smaller_micro_batches(calibration, tmp_path):
+    out = tmp_path / "out"
+    online(*command(calibration, out, 1))
+    online(*command(calibration, out, 2), "--micro-batch-size", 1)
+    assert [figures["round"] for figures in json.loads((out / "log_history.json").read_text())] == [1, 2]
+    assert json.loads((out / "run.json").read_text())["micro_batch_size"] == 1
 
 
 def test_a_finished_run_is_left_alone_and_other_settings_are_refused(calibration, tmp_path, capsys):

@@ -10,7 +10,7 @@ from aspo.model import load_model
 from aspo.online.trainer import HISTORY_FILE, KL_KINDS, OnlineOptions, OnlineTrainer, round_prompts
 from aspo.resume import Interrupt, check_settings, write_json
 from aspo.rewards.object_words import ObjectVocabulary
-from aspo.rewards.verifier import Calibration, Verifier
+from aspo.rewards.verifier import Calibration, Verifier, check_answerable
 from aspo.rows import load_rows
 from aspo.scorers import load_scorer
 from aspo.scores import progress_bar
@@ -18,7 +18,8 @@ from aspo.training_state import checkpoints
 from aspo.validate import validate_rows
 
 RUN_FILE = "run.json"
-FREE_ON_RESUME = ("rounds", "device", "finished")  # may differ when a run goes on: a run can be made longer
+# May differ when a run goes on: it can be made longer, and need less memory.
+FREE_ON_RESUME = ("rounds", "micro_batch_size", "device", "finished")
 
 DESCRIPTION = """\
 Train a model on its own answers with token rewards: sample answers, score their object words, take clipped steps with a
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "rounds": "rounds of answering and stepping",
         "prompts_per_round": "prompts of a round; all are used before any comes again",
         "batch_size": "answers of an optimiser step",
-        "micro_batch_size": "answers in one forward pass; changes memory, not the result",
+        "micro_batch_size": "answers in one forward pass; changes memory, and the result by rounding only",
         "epochs": "passes over a round's answers",
         "clip": "eps: how far a token's probability ratio counts",
         "kl_coef": "weight of the divergence",
@@ -86,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
     calibration = Calibration.load(args.calibration)
     rows = load_rows(args.data, kind="prompt", limit=args.limit, image_root=args.image_root)
     validate_rows(rows, "prompt")
+    check_answerable(rows)
     record = {
         **{name: getattr(args, name) for name in ("model", "data", "limit", "image_root", "dtype", "device")},
         **asdict(options),
