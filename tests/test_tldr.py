@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 from aspo.cli import Parser
 from aspo.data import load_rows, validate_rows
 from aspo.folder import write_rows
+from aspo.generation import Answer
 from aspo.model import load_model
+from aspo.rewards import tldr
 from aspo.rewards.command import add_arguments, run
-from aspo.rewards.object_words import ObjectVocabulary, load_vocabulary
-from aspo.rewards.tldr import TokenJudge, held_out, perturbed, scoring
+from aspo.rewards.object_words import ObjectVocabulary, ObjectWord, load_vocabulary
+from aspo.rewards.tldr import TokenJudge, held_out, measure_answers, perturbed, scoring
 from aspo.training_state import checkpoints
 from aspo.world.language import judge as judge_claims
 from aspo.world.scenes import Scene
@@ -228,6 +230,49 @@ def test_tldr_from_data_to_rows_and_on_after_a_stop(tmp_path, monkeypatch, capsy
         rewards(*command(data, stopped), "--max-new-tokens", 33)
     figures = json.loads((stopped / "tldr.json").read_text())
     assert {"accuracy", "auc", "object_word_auc", "own_answers_auc"} <= figures.keys()
+
+
+def test_captions_of_which_some_have_no_truth(tmp_path, monkeypatch):
+    """The judge is measured on answers to the others; a caption that cannot be used stops it before the training."""
+    scenes = [dict(row) for row in load_rows("world:calibration", kind="prompt", limit=31)]
+    only = [{"prompt": row["prompt"], "images": row["images"], "caption": "The circle is red."} for row in scenes]
+    write_rows(tmp_path / "data", [{**scenes[30], "chosen": "A circle.", "rejected": "A star."}])
+    asked = []
+
+    def counted(*arguments, original=tldr.generate_answers, **options):
+        asked.append([row["id"] for row in arguments[2]])
+        return original(*arguments, **options)
+
+    def judged(name, last):
+        write_rows(tmp_path / name, [*scenes[:29], {**last, "id": "last"}])
+        train = ("--train", tmp_path / name, "--train-limit", 30, "--epochs", 1)
+        return rewards(*command(tmp_path / "data", tmp_path / f"of {name}"), *train)
+
+    monkeypatch.setattr(tldr, "generate_answers", counted)
+    assert judged("mixed", only[29]) == 0
+    assert asked == [[row["id"] for row in scenes[27:29]]]  # three are held out
+    assert len(load_rows(tmp_path / "of mixed")) == 1
+    monkeypatch.setattr(TokenJudge, "step", lambda *_: pytest.fail("it trained"))
+    for bad, says in (
+        ({"caption": None}, "no true caption"),
+        ({"objects": ["giraffe"]}, "object 'giraffe' is not in the object vocabulary"),
+    ):
+        with pytest.raises(ValueError, match=f"row 'last': {says}"):
+            judged("bad", {**only[29], **bad})
+    assert not (tmp_path / "of bad").exists()
+
+
+def test_a_word_without_a_token_of_its_own_is_not_measured(judge, monkeypatch):
+    row = dict(load_rows("world:calibration", kind="prompt", limit=1)[0])
+    halves = [ObjectWord(4, 7, "cir", "cir"), ObjectWord(7, 10, "cle", "cle")]
+    first, second = judge.word_logits([{**row, "chosen": "The circle is red."}], [halves])[0]
+    assert math.isfinite(first) and math.isnan(second)  # its token is the other word's
+    monkeypatch.setattr(tldr, "generate_answers", lambda *_, **__: [Answer("A circle, a star and a ring.", 9, True)])
+    monkeypatch.setattr(judge, "word_logits", lambda *_: [[2.0, math.nan, 1.0]])
+    words = ObjectVocabulary(["circle", "star", "ring"])
+    args = argparse.Namespace(max_new_tokens=8, seed=0, batch_size=1)
+    measured = measure_answers(judge, None, [{**row, "objects": ["circle"]}], words, args)
+    assert measured == {"own_answers_right": 1, "own_answers_wrong": 1, "own_answers_auc": 1.0}
 
 
 def test_bad_input(tmp_path):

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from aspo import shards
 from aspo.data import Collator
-from aspo.folder import row_name
 from aspo.generation import generate_answers
 from aspo.lazy import Lazy
 from aspo.model import inference, load_model, output_head, trunk_hidden
 from aspo.policy import LoraOptions, add_lora, disable_dropout
+from aspo.prompts import named
 from aspo.resume import write_json
 from aspo.rewards.object_words import IRREGULAR_PLURALS, ObjectVocabulary, ObjectWord, judge_words, load_vocabulary
 from aspo.rewards.token_scores import (
@@ -66,7 +66,7 @@ def true_caption(row: Row, rng: random.Random) -> str:
             return response_text(row[column])
     if row.get("scene") is not None:
         return describe(Scene.from_json(row["scene"]), rng)
-    raise ValueError(f"{row_name(row)}: no true caption: it needs 'caption', 'chosen' or 'scene'")
+    raise ValueError("no true caption: it needs 'caption', 'chosen' or 'scene'")
 
 
 def perturbed(row: Row, vocabulary: ObjectVocabulary, rng: random.Random) -> dict[str, Any]:
@@ -74,17 +74,19 @@ def perturbed(row: Row, vocabulary: ObjectVocabulary, rng: random.Random) -> dic
 
     A word is swapped for a vocabulary entry whose object is neither in the row's `objects` nor named in the caption; in
     a `scene` a shape for a shape that is not there, a colour for another colour. Capitals and plurals are kept.
+
+    Raises ValueError naming a row without a caption, or with an object that the vocabulary lacks.
     """
-    text = true_caption(row, rng)
+    text = named(row, true_caption, row, rng)
     words = vocabulary.words(text)
-    named = {word.name for word in words} | {vocabulary.name(name) for name in row.get("objects") or ()}
+    there = {word.name for word in words} | {named(row, vocabulary.name, name) for name in row.get("objects") or ()}
     scene = Scene.from_json(row["scene"]) if row.get("scene") is not None else None
     pieces: list[str] = []
     spans: Spans = []
     at = length = 0
     for word in words:
         wrong = rng.random() < SWAP_CHANCE
-        candidates = _wrong_entries(word, vocabulary, named, scene) if wrong else []
+        candidates = _wrong_entries(word, vocabulary, there, scene) if wrong else []
         said = text[word.start : word.end]
         new = _like(said, word.entry, rng.choice(candidates)) if candidates else said
         pieces += [text[at : word.start], new]
@@ -99,12 +101,12 @@ def with_text(row: Row, text: str) -> dict[str, Any]:
     return {**{name: row[name] for name in ("id", "prompt", "images") if row.get(name) is not None}, "chosen": text}
 
 
-def _wrong_entries(word: ObjectWord, vocabulary: ObjectVocabulary, named: set[str], scene: Scene | None) -> list[str]:
+def _wrong_entries(word: ObjectWord, vocabulary: ObjectVocabulary, there: set[str], scene: Scene | None) -> list[str]:
     if scene is not None and word.name in COLOURS:
         return [entry for entry in vocabulary.entries if entry in COLOURS and entry != word.entry]
     if scene is not None and word.name in SHAPES:
         return [entry for entry in vocabulary.entries if entry in SHAPES and entry not in scene.by_shape]
-    return [entry for entry in vocabulary.entries if vocabulary.canonical[entry] not in named]
+    return [entry for entry in vocabulary.entries if vocabulary.canonical[entry] not in there]
 
 
 def _like(said: str, entry: str, new: str) -> str:
@@ -245,7 +247,7 @@ def measure(
 def measure_answers(
     judge: TokenJudge, processor: Any, rows: Sequence[Row], vocabulary: ObjectVocabulary, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """AUC on the start model's own sampled answers, where the rows' truth tells right from wrong object words."""
+    """AUC on the start model's own sampled answers to rows whose truth tells right from wrong object words."""
     with judge.policy.disable_adapter():
         answers = generate_answers(
             judge.policy, processor, rows, max_new_tokens=args.max_new_tokens, temperature=1.0, seed=args.seed,
@@ -260,7 +262,8 @@ def measure_answers(
     for i in range(0, len(asked), args.batch_size):
         part = slice(i, i + args.batch_size)
         values += judge.word_logits([made for _, made in asked[part]], found[part])
-    flat = [(x, v) for xs, vs in zip(values, verdicts, strict=True) for x, v in zip(xs, vs, strict=True)]
+    pairs = [(x, v) for xs, vs in zip(values, verdicts, strict=True) for x, v in zip(xs, vs, strict=True)]
+    flat = [(x, v) for x, v in pairs if math.isfinite(x)]  # of a word without a token of its own the judge says nothing
     right, wrong = [x for x, v in flat if v is True], [x for x, v in flat if v is False]
     return {"own_answers_right": len(right), "own_answers_wrong": len(wrong), "own_answers_auc": auc(right, wrong)}
 
@@ -277,6 +280,8 @@ def run_tldr(args: argparse.Namespace) -> int:
     validate_rows(captions, "prompt")
     check_apart(captions, rows, "--train")
     vocabulary = load_vocabulary(args.objects, captions)
+    for row in captions:
+        perturbed(row, vocabulary, random.Random(0))  # what is measured on is reached behind the training only
     names = ("method", "model", "objects", "train", "train_limit", "epochs", "learning_rate", "seed", "batch_size",
              "max_new_tokens", "dtype", "image_root", "data")  # fmt: skip
     begin(args.out, {name: getattr(args, name) for name in names}, engine.processes)
@@ -294,8 +299,8 @@ def run_tldr(args: argparse.Namespace) -> int:
         if (args.out / FIGURES_FILE).exists() and checkpoints(args.out):
             return
         figures = {"base": judge().base, **measure(judge(), to_measure, vocabulary, args.seed, args.batch_size)}
-        if {"scene", "objects"} & set(captions.column_names):
-            figures |= measure_answers(judge(), judge().processor, to_measure, vocabulary, args)
+        if told := [row for row in to_measure if row.get("objects") is not None or row.get("scene") is not None]:
+            figures |= measure_answers(judge(), judge().processor, told, vocabulary, args)
         save_file(judge().head.state_dict(), args.out / HEAD_FILE, {"base": repr(judge().base)})
         judge().policy.save_pretrained(str(args.out))
         write_json(args.out / FIGURES_FILE, figures)
