@@ -180,7 +180,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, type=Path, help="file to write: figures, and the items they come from, as JSON")
     add("--objects", type=Path, help="object vocabulary for rows with `objects`: a line is `name, synonym, synonym`")
     add("--limit", type=int, help="evaluate the first LIMIT rows only")
-    add("--batch-size", type=int, default=16, help="answers generated at a time (default: 16)")
+    add("--batch-size", type=int, help="answers generated at a time (default: 16)")
     add("--max-new-tokens", type=int, help="longest answer (default: 256; a benchmark's own with --suite)")
     add("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token; above 0 samples")
     add("--questions", type=int, help="yes/no questions for each scene of the world and split, 0 for none (default: 6)")
@@ -202,7 +202,7 @@ def run(args: argparse.Namespace) -> int:
         max_new_tokens=256 if args.max_new_tokens is None else args.max_new_tokens,
         temperature=args.temperature,
         seed=args.seed,
-        batch_size=args.batch_size,
+        batch_size=16 if args.batch_size is None else args.batch_size,
         questions=args.questions,
         minimal_pairs=args.minimal_pairs,
     )

@@ -207,7 +207,7 @@ def test_results_of_another_model_or_judge_are_not_taken_for_this_one_s(tmp_path
 def test_a_run_that_fails_in_silence_has_no_results(tmp_path, llava, installed, monkeypatch):
     installed("lmms_eval", LMMS_EVAL)
     monkeypatch.setenv("SAMPLES", json.dumps([{"exact_match": 1.0}]))
-    assert run(tmp_path, "gqa", llava) == 0
+    assert run(tmp_path, "gqa", llava) == 0 and written(tmp_path)["arguments"]["batch_size"] == "16"
     monkeypatch.setenv("SAMPLES", "none")
     with pytest.raises(ValueError, match=r"left no \*_results.json below .*run-2; its output above says why"):
         run(tmp_path, "gqa", llava)
@@ -265,15 +265,16 @@ def test_what_a_harness_cannot_do_is_said(tmp_path, llava, installed, monkeypatc
     for flag, value in (("suite-data", "x"), ("append", "x"), ("max-new-tokens", "3"), ("temperature", "1")):
         with pytest.raises(ValueError, match=f"--{flag} is not read with --suite gqa"):
             run(tmp_path, "gqa", llava, **{flag: value})
-    options = {"judge": None, "batch_size": 1, "limit": None, "dtype": None}
+    options = {"judge": None, "batch_size": None, "limit": None, "dtype": None}
     with pytest.raises(ValueError, match="comma or an equals sign"):
         lmms_eval.command("a,b", "llava", "gqa", tmp_path, **options)
     with pytest.raises(ValueError, match="qwen2_5_vl has no dtype"):
         lmms_eval.command("a", "qwen2_5_vl", "gqa", tmp_path, **options | {"dtype": "bfloat16"})
     with pytest.raises(ValueError, match="loads no llava model as transformers saves it"):
         vlmevalkit.command("a", "llava", "MMStar", tmp_path, **options)
-    with pytest.raises(ValueError, match="drop --limit"):
-        vlmevalkit.command("a", "qwen2_vl", "MMStar", tmp_path, **options | {"limit": 3})
+    for name in ("limit", "dtype", "batch_size"):
+        with pytest.raises(ValueError, match=f"no way to set --{name.replace('_', '-')}: drop it, or use"):
+            vlmevalkit.command("a", "qwen2_vl", "MMStar", tmp_path, **options | {name: 3})
     with pytest.raises(ValueError, match="left no"):
         lmms_eval.results(tmp_path / "nothing", "gqa")
     with pytest.raises(ValueError, match="left no table"):
@@ -285,5 +286,7 @@ def test_a_git_checkout_of_vlmevalkit_is_started_by_its_script(tmp_path, monkeyp
     (tmp_path / "vlmeval" / "__init__.py").touch()
     (tmp_path / "run.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
-    made, _ = vlmevalkit.command("a", "qwen2_vl", "MMStar", tmp_path, judge=None, batch_size=1, limit=None, dtype=None)
+    made, _ = vlmevalkit.command(
+        "a", "qwen2_vl", "MMStar", tmp_path, judge=None, batch_size=None, limit=None, dtype=None
+    )
     assert made[:2] == [sys.executable, str(tmp_path / "run.py")]

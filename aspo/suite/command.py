@@ -102,7 +102,8 @@ def _score_here(args: argparse.Namespace, benchmark: Benchmark) -> int:
         raise ValueError(f"give --suite-data DIR: {benchmark.title}'s files, downloaded from {benchmark.home}")
     if not args.suite_data.is_dir():
         raise ValueError(f"--suite-data {args.suite_data} is no folder; download {benchmark.title}: {benchmark.home}")
-    options = Options(args.batch_size, args.max_new_tokens, args.temperature, args.seed, args.append or "")
+    batch_size = 16 if args.batch_size is None else args.batch_size
+    options = Options(batch_size, args.max_new_tokens, args.temperature, args.seed, args.append or "")
     partial = args.out.with_name(args.out.name + ".partial.jsonl")
     kept = _kept(args.out, partial)
     rows = select(benchmark.load(Source(args.suite_data, args.suite_images)), args.limit)

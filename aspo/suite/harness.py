@@ -119,7 +119,7 @@ def run(
     *,
     which: str | None = None,
     judge: Judge | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     limit: int | None = None,
     dtype: str | None = None,
 ) -> Outcome:

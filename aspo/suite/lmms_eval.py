@@ -27,11 +27,14 @@ def command(
     folder: Path,
     *,
     judge: Judge | None,
-    batch_size: int,
+    batch_size: int | None,
     limit: int | None,
     dtype: str | None,
 ) -> tuple[list[str], dict[str, str]]:
-    """The command and its environment. A model type that lmms-eval has no class for goes through its `huggingface`."""
+    """The command and its environment; `batch_size` None = 16, as elsewhere in `aspo eval`.
+
+    A model type that lmms-eval has no class for goes through its `huggingface`.
+    """
     if set(",=") & set(path):
         raise ValueError(f"lmms-eval cannot take the model path {path}: it holds a comma or an equals sign")
     model = MODELS.get(kind, "huggingface")
@@ -41,7 +44,13 @@ def command(
             raise ValueError(f"lmms-eval's {model} has no dtype of its own to set: drop --dtype")
         arguments += f",dtype={dtype}"
     made = [sys.executable, "-m", "lmms_eval", "--model", model, "--model_args", arguments, "--tasks", task]
-    made += ["--batch_size", str(batch_size), "--log_samples", "--output_path", str(folder)]
+    made += [
+        "--batch_size",
+        str(16 if batch_size is None else batch_size),
+        "--log_samples",
+        "--output_path",
+        str(folder),
+    ]
     made += [] if limit is None else ["--limit", str(limit)]
     environment = dict(os.environ)
     if judge is not None:  # its tasks read the endpoint with and without the last part of the path

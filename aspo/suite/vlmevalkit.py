@@ -39,7 +39,7 @@ def command(
     folder: Path,
     *,
     judge: Judge | None,
-    batch_size: int,
+    batch_size: int | None,
     limit: int | None,
     dtype: str | None,
 ) -> tuple[list[str], dict[str, str]]:
@@ -52,8 +52,9 @@ def command(
             f"VLMEvalKit loads no {kind} model as transformers saves it (it does: {', '.join(MODELS)}): use "
             "--harness lmms-eval"
         )
-    if limit is not None or dtype is not None:
-        raise ValueError("VLMEvalKit has no limit and no dtype to set: drop --limit and --dtype, or use lmms-eval")
+    for flag, value in (("--limit", limit), ("--dtype", dtype), ("--batch-size", batch_size)):
+        if value is not None:
+            raise ValueError(f"VLMEvalKit has no way to set {flag}: drop it, or use --harness lmms-eval")
     if task not in DATASETS:
         raise ValueError(f"vlmevalkit:{task} is none of {', '.join(DATASETS)}: use lmms-eval, or VLMEvalKit itself")
     config = folder / "vlmevalkit.json"
