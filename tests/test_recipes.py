@@ -2,13 +2,16 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 import aspo
 from aspo import cli
+from aspo.folder import write_rows
 from aspo.recipes import command as recipes
 from aspo.recipes import keys as keys_module
 from aspo.recipes.command import data_plan, run_recipe
@@ -157,6 +160,60 @@ def test_only_places_are_known_by_their_content(tmp_path, monkeypatch):
     after = options_key("pairs", given)
     assert {name for name in given if before[name] != after[name]} == {"scorer", "pool"}
     assert options_key("score", {"scorer": "world"}) == {"scorer": source_key("world")}  # its CLIP, too
+
+
+def test_plugins_are_known_by_their_content(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plugin = tmp_path / "mine.py"
+    plugin.write_text("target = 1")
+    given = {"plugins": ["mine.py", "a.module"], "loss_type": ["mine.py", "dpo"]}
+    before = options_key("train", given)
+    assert before["plugins"][1] == "a.module" and before["loss_type"] == given["loss_type"]
+    assert options_key("train", {"plugins": "mine.py"})["plugins"] == before["plugins"][0]
+    plugin.write_text("target = 2")
+    assert options_key("train", given)["plugins"][0] != before["plugins"][0]
+
+
+def test_an_open_clip_scorers_weights_are_known_by_their_content(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clip.pt").write_text("1")
+    scorers = ("open_clip:ViT-B-32/clip.pt", f"open_clip:ViT-B-32/{tmp_path / 'clip.pt'}", "open_clip:ViT-L-14/clip.pt")
+    tag = {"scorer": "open_clip:ViT-B-32/openai"}
+    before = [options_key("score", {"scorer": scorer})["scorer"] for scorer in scorers]
+    assert before[0] == before[1] != before[2] and options_key("score", tag) == tag
+    (tmp_path / "clip.pt").write_text("2")
+    after = [options_key("score", {"scorer": scorer})["scorer"] for scorer in scorers]
+    assert not set(before) & set(after)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "native"])
+def test_images_beside_rows_are_known_by_size_and_time(tmp_path, name):
+    rows = [{"prompt": "a", "image": "a.png"}, {"prompt": "b", "images": [{"path": "sub/b.png"}]}, {"prompt": "none"}]
+    file = tmp_path / ("rows.jsonl" if name == "native" else name)
+    lines = "".join(json.dumps(row) + "\n\n" for row in rows)
+    file.write_text(json.dumps(rows) if name == "rows.json" else lines)
+    source = str(tmp_path if name == "native" else file)
+    keys = [source_key(source)]
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "other.png").write_bytes(b"no row's")
+    assert source_key(source) == keys[0]
+    for image, content in (("a.png", b"1"), ("sub/b.png", b"1"), ("sub/b.png", b"22")):
+        (tmp_path / image).write_bytes(content)
+        keys.append(source_key(source))
+    os.utime(tmp_path / "a.png", ns=(1, 1))
+    keys.append(source_key(source))
+    assert len(set(keys)) == 5
+
+
+def test_images_of_a_native_folder_are_known_by_their_names(tmp_path):
+    row = {"prompt": "a", "images": [Image.new("RGB", (4, 4))]}
+    keys = []
+    for n in range(2):
+        write_rows(tmp_path / str(n), [row])
+        (image,) = (tmp_path / str(n) / "images").iterdir()
+        os.utime(image, ns=(n, n))
+        keys.append(source_key(str(tmp_path / str(n))))
+    assert keys[0] == keys[1]
 
 
 def test_another_version_of_a_package_is_another_key(tmp_path, monkeypatch):
