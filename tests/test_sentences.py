@@ -69,9 +69,9 @@ def test_spans_cover_any_text(text):
 @pytest.mark.parametrize("unit", ["“a. ", "[a. b", "a", "A. ", '"', "1. ", "&ᓴ&", "(", " ", "猫。"])
 def test_long_pathological_texts_stay_quick(unit):
     text = unit * (40_000 // len(unit))
-    start = time.perf_counter()
+    start = time.process_time()
     spans = split_sentences(text)
-    assert time.perf_counter() - start < 8  # sentencesplit alone: minutes for the first two
+    assert time.process_time() - start < 8  # sentencesplit alone: minutes for the first two
     assert check_spans(text, spans) == spans
 
 
@@ -81,7 +81,7 @@ def test_windows_do_not_change_prose():
     assert cut("".join(sentences)) == sentences
 
 
-@pytest.mark.parametrize(("before", "length"), [(1500, 3000), (10, 4050), (2500, 3000)])
+@pytest.mark.parametrize(("before", "length"), [(1500, 3000), (10, 4068), (2500, 3000)])
 def test_a_sentence_that_fits_a_window_is_whole_wherever_it_stands(before, length):
     first, long = ("The ball " + "is very, " * (size // 9) + "red. " for size in (before, length))
     sentences = [first, long, "It is small."]
