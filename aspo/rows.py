@@ -228,7 +228,8 @@ def _from_dataset(rows: datasets.Dataset, kind: str, places: Places) -> datasets
 @functools.cache
 def _own_code() -> str:
     """A hash of the code that makes rows: datasets takes a package's functions by their names for its own hashes."""
-    code = [Path(__file__).with_name(name).read_bytes() for name in ("rows.py", "images.py", "validate.py")]
+    names = ("rows.py", "conversations.py", "images.py", "validate.py")
+    code = [Path(__file__).with_name(name).read_bytes() for name in names]
     return hashlib.sha256(b"".join(code)).hexdigest()
 
 
