@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,7 @@ def generate_answers(
     outer = base_model(model)
     config = _generation_config(outer, processor, rows[0], max_new_tokens, temperature)
     answers: list[Answer] = []
-    with inference(model), torch.random.fork_rng():
+    with inference(model), _own_random_numbers():
         for start in range(0, len(rows), batch_size):
             torch.manual_seed(seed + start)
             batch = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
@@ -115,7 +116,7 @@ def generate_sentences(
     outer, tokenizer = base_model(model), tokenizer_of(processor)
     config = _generation_config(outer, processor, rows[0], max_new_tokens, temperature)
     made: list[NextSentence] = []
-    with inference(model), torch.random.fork_rng():
+    with inference(model), _own_random_numbers():
         for start in range(0, len(rows), batch_size):
             torch.manual_seed(seed + start)
             part = slice(start, start + batch_size)
@@ -160,6 +161,16 @@ class SentenceEnd(StoppingCriteria):
                 text = self.tokenizer.decode(row, skip_special_tokens=True)
                 self.ended[n] = not _SENTENCE_MARKS.isdisjoint(text[:-1]) and len(self.splitter(text)) > 1
         return torch.tensor(self.ended, device=input_ids.device)
+
+
+def _own_random_numbers() -> AbstractContextManager[None]:
+    """Seeds set within leave the random state behind it as it was, that of every accelerator too.
+
+    They are named because `fork_rng` alone warns where there are several.
+    """
+    kind = torch.accelerator.current_accelerator()
+    devices = range(torch.accelerator.device_count())
+    return torch.random.fork_rng(devices, device_type="cuda" if kind is None else kind.type)
 
 
 def _continued_inputs(
@@ -218,7 +229,8 @@ def _generation_config(
     tokenizer = tokenizer_of(processor)
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = {own} if isinstance(own, int) else set(own or ())
-    ends.add(end_of_turn(processor, encode_prompt(processor, row["prompt"], load_images(row)))[-1])  # as trained
+    prompt = named(row, encode_prompt, processor, row["prompt"], named(row, load_images, row))
+    ends.add(end_of_turn(processor, prompt)[-1])  # as trained
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}

@@ -3,6 +3,8 @@
 import aspo  # noqa: F401  first: it makes torchvision importable on a CPU torch
 
 # isort: split
+import warnings
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,6 +20,7 @@ from transformers import (
 )
 from transformers.models.granite.modeling_granite import GraniteForCausalLM
 
+from aspo import generation
 from aspo.data import Collator
 from aspo.generation import generate, generate_answers
 from aspo.model import (
@@ -157,6 +160,31 @@ def test_sampling_is_seeded_and_restartable(loaded):
     assert generate(model, processor, rows, seed=5, **options) == whole
     assert generate(model, processor, rows[4:], seed=5 + 4, **options) == whole[4:]
     assert generate(model, processor, rows, seed=99, **options) != whole
+
+
+def test_random_states_of_all_accelerators_are_kept_without_a_warning(monkeypatch):
+    states = {0: torch.tensor([1]), 1: torch.tensor([2])}
+    for module in (torch.cuda, torch.accelerator):
+        monkeypatch.setattr(module, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.__setitem__(device, state))
+    monkeypatch.setattr(torch.random, "_fork_rng_warned_already", False)
+    before = dict(states)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with generation._own_random_numbers():
+            states.clear()
+    assert states == before
+
+
+@pytest.mark.parametrize(("row", "message"), [({"prompt": " "}, "is empty"), ({"images": ["no.png"]}, "no.png")])
+def test_the_first_row_is_named_too(loaded, row, message):
+    row = {**tiny_rows(1)[0], "images": [], "id": "a", **row}
+    with pytest.raises((ValueError, OSError), match=f"row 'a': .*{message}"):
+        generate(*loaded, [row])
+    with pytest.raises((ValueError, OSError), match=f"row 'a': .*{message}"):
+        generation.generate_sentences(*loaded, [row], [""])
 
 
 def test_answers_say_how_they_ended_and_leave_the_mode_alone(loaded):
