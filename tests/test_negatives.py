@@ -31,9 +31,10 @@ from aspo.negatives.figures import (
 )
 from aspo.negatives.pictures import plot_grid, tsne
 from aspo.negatives.pool import read_pool
-from aspo.negatives.sae import BilinearSae, SaeConfig
+from aspo.negatives.sae import BilinearSae, SaeConfig, load_sae, save_sae
 from aspo.negatives.selection import greedy_diverse, log_density, scores, select
 from aspo.negatives.sources import Options, crop_box, crops, noised, pick_from_pool
+from aspo.pairs import command as pairs
 
 DIM = 12
 
@@ -397,6 +398,61 @@ def test_an_autoencoder_of_other_rows_is_not_gone_on_with(made, no_pictures, cap
     shutil.rmtree(made / "out" / "shards")
     assert command(made) == 0 and command(made, out="whole") == 0
     assert written(made) == written(made, "whole")
+
+
+def test_an_autoencoder_of_other_prompts_or_images_is_not_taken(made, no_pictures, capsys):
+    def autoencoder_of(out="out"):
+        return load_sae(made / out / "sae.safetensors")[1]
+
+    def change(**columns):
+        rows = [{**dict(row), **columns} if row["id"] == "row-0" else dict(row) for row in load_rows(made / "data")]
+        write_rows(made / "data", rows)
+
+    assert command(made) == 0
+    first = autoencoder_of()
+    change(prompt="And what is that?")
+    capsys.readouterr()
+    assert command(made) == cli.USAGE  # rows have negatives of it
+    assert "an autoencoder that was trained on other rows" in capsys.readouterr().err
+    for n, columns in enumerate(({}, {"images": [patches(9)]})):  # stopped before the first shard
+        (made / "out" / "rows.jsonl").unlink(missing_ok=True)
+        shutil.rmtree(made / "out" / "shards")
+        change(**columns)
+        assert command(made) == 0 and command(made, out=f"whole-{n}") == 0
+        assert autoencoder_of() == autoencoder_of(f"whole-{n}") and written(made) == written(made, f"whole-{n}")
+        assert autoencoder_of()["figures"] != first["figures"]
+        first = autoencoder_of()
+
+
+def test_an_autoencoder_of_an_older_version_says_ids_only_and_is_taken(made, no_pictures):
+    assert command(made) == 0
+    rows, path = written(made), made / "out" / "sae.safetensors"
+    sae, about = load_sae(path)
+    del about["content"]
+    save_sae(sae, path, about)
+    before = path.read_bytes()
+    assert command(made) == 0
+    assert written(made) == rows and path.read_bytes() == before
+
+
+@pytest.mark.parametrize("prompts", [False, True])
+def test_images_of_a_pool_are_looked_for_in_the_image_root_too(made, monkeypatch, prompts):
+    """--data, prompts (of which `aspo pairs` makes pairs first) or pairs, and --pool name images of one folder."""
+    (made / "rows").mkdir()
+    pool = [{"conversations": [{"from": "human", "value": "What?"}], "image": f"{n:03}.png"} for n in (0, 2, 4, 6)]
+    (made / "rows" / "pool.json").write_text(json.dumps(pool))
+    row = {"prompt": "What?", "image": "008.png"} | ({} if prompts else {"chosen": "A.", "rejected": "B."})
+    (made / "rows" / "data.json").write_text(json.dumps([row]))
+
+    def without_a_model(args, original=pairs.run):
+        return write_rows(args.out, tiny_rows(1)) if args.method == "seva" else original(args)
+
+    monkeypatch.setattr(pairs, "run", without_a_model)
+    options = ("--pool", str(made / "rows" / "pool.json"), "--image-root", str(made / "pool"), "--count", "3")
+    base = ["pairs", "--data", str(made / "rows" / "data.json"), "--out", str(made / "out"), "--method", "random"]
+    assert cli.main([*base, *options, *(("--model", "world") if prompts else ())]) == 0
+    (row,) = written(made)
+    assert len(row["negative_images"]) == 3
 
 
 def test_the_weight_of_diversity_changes_the_picks(made, no_pictures):

@@ -21,22 +21,24 @@ def train_autoencoder(
     options: Options,
     data: Deviations,
     scorer: str,
-    ids: Sequence[str],
+    rows: Sequence[tuple[str, str, str]],
     own: Sequence[Any],
     pool: Pool,
     begun: bool,
 ) -> None:
     """The autoencoder in `out`, unless it is there, with its latents listed and pictured.
 
-    ids, own: of the rows that `data` is made of, and their images. begun: whether rows have negatives of what is there;
-    then ValueError where it was trained on other rows.
+    rows, own: id, image key and prompt of the rows that `data` is made of, and their images. begun: whether rows have
+    negatives of what is there; then ValueError where it was trained on other rows.
     """
     path = out / SAE_FILE
     config = SaeConfig(data.right.shape[1], data.text.shape[1], options.latents)
     origin = {"scorer": scorer, "pool": pool.digest, "steps": options.sae_steps, "seed": options.seed}
-    origin["rows"] = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
+    ids, *content = zip(*rows, strict=True)
+    origin["rows"], origin["content"] = _digest([ids]), _digest(content)
     if path.exists():
         sae, about = load_sae(path, data.pool.device)
+        about.setdefault("content", origin["content"])  # an older version's file says ids only
         if sae.config == config and about.items() >= origin.items():
             return
         if begun:
@@ -55,3 +57,7 @@ def train_autoencoder(
         example |= {"row": ids[example["row"]], "image": pool.keys[example["image"]]}
     write_json(out / "latents.json", latents)
     save_sae(sae, path, {**origin, "figures": figures})
+
+
+def _digest(columns: Sequence[Sequence[str]]) -> str:
+    return hashlib.sha256("\n".join(value for column in columns for value in column).encode()).hexdigest()[:16]

@@ -132,7 +132,8 @@ def _job_of_pool(
             embeddings.fill_texts(engine, texts)
             prompts = embeddings.texts(texts).to(device)
             data, ids = Deviations(right, prompts, found), [rows[n]["id"] for n in places]
-            about = (out, options, data, embeddings.scorer.identity, ids, own, pool)
+            made_of = zip(ids, keys, texts, strict=True)
+            about = (out, options, data, embeddings.scorer.identity, [*made_of], own, pool)
             engine.processes.once("it trains the autoencoder", lambda: train_autoencoder(*about, _begun(out)))
             sae = load_sae(out / SAE_FILE, data.pool.device)[0]
             weights = b"".join(value.cpu().numpy().tobytes() for _, value in sorted(sae.state_dict().items()))
@@ -205,7 +206,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pool", help="rows or a folder of images to pick from (default: the images of --data)")
     parser.add_argument("--seed", type=int, default=default.seed, help="of all random choices (default: 0)")
     parser.add_argument("--limit", type=int, help="only the first rows (default: all)")
-    parser.add_argument("--image-root", help="where relative image paths start (default: the folder of --data)")
+    parser.add_argument("--image-root", help="where relative image paths start (default: the folder of the rows)")
     parser.add_argument("--device", help="torch device (default: the accelerator if there is one, else cpu)")
     pooled = parser.add_argument_group("misp, random and hard")
     pooled.add_argument(
@@ -265,7 +266,7 @@ def run(args: argparse.Namespace) -> int:
     pool = None
     if options.method in POOLED:
         images = rows.select_columns([c for c in ("images", "scene") if c in rows.column_names])
-        pool = read_pool(images if args.pool is None else args.pool)
+        pool = read_pool(images) if args.pool is None else read_pool(args.pool, args.image_root)
     out = Path(args.out)
     settings = {name: getattr(args, name) for name in ("data", "image_root", "scorer")} | asdict(options)
     settings |= {"pool": None if pool is None else pool.digest}

@@ -32,6 +32,8 @@ def run(args: argparse.Namespace) -> int:
     folder = str(Path(args.out) / PAIRS_FOLDER)
     source = {"data": args.data, "limit": args.limit, "image_root": args.image_root}
     options = {"data": folder} if prompts else source
+    if args.pool is not None:
+        options["image_root"] = args.image_root  # where the pool's images are looked for too
     of_both = ("method", "out", "seed", "device", *OF_NEGATIVES, *ARGUMENTS)
     options |= {name: getattr(args, name) for name in of_both}
     if args.method == "noise":
