@@ -14,8 +14,8 @@ from typing import Any
 def serve(
     replies: Callable[[str], str] | Sequence[Any], *, retry_after: str | None = None
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """(address, requests seen). `replies`: a function of the prompt, or one entry a request: a text, an HTTP status, or
-    a whole body."""
+    """(address, requests seen). `replies`: a function of the prompt, or one entry a request: a text, an HTTP status, a
+    whole body, or bytes that the connection ends with, before the reply is whole."""
     seen: list[dict[str, Any]] = []
     lock = threading.Lock()
 
@@ -30,9 +30,9 @@ def serve(
                 reply = {"error": {"message": f"status {reply}"}}
             elif isinstance(reply, str):
                 reply = {"choices": [{"message": {"role": "assistant", "content": reply}}]}
-            content = json.dumps(reply).encode()
+            content = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
             self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Content-Length", str(len(content) + isinstance(reply, bytes)))
             if retry_after is not None:
                 self.send_header("Retry-After", retry_after)
             self.end_headers()

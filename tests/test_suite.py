@@ -2,8 +2,13 @@
 
 import aspo  # isort: skip  # noqa: F401  (first: it makes torchvision importable on a CPU torch)
 import argparse
+import io
 import json
 import shutil
+import threading
+import time
+import urllib.error
+from email.message import Message
 from pathlib import Path
 
 import pytest
@@ -210,6 +215,19 @@ def test_mmhal(tmp_path, monkeypatch):
     assert "Things in the image: Cat, Chair" in items[0]["judge"][0]["prompt"]
 
 
+@pytest.mark.parametrize(
+    ("reply", "rating"),
+    [
+        ("Rating (0-6): 4", 4), ("Rating [0 to 6] = 0", 0), ("Rating 0\N{EN DASH}6\n**5**", 5), ("Rating: 4/6", 4),
+        ("My rating, from 0 to 6, follows. Rating: 2", 2), ("Rating: 0", 0), ("Rating: 0-6", None),
+        ("Rating: 4-5", None), ("Rating: 10", None), ("Rating (0-6): seven", None),
+    ],
+)  # fmt: skip
+def test_a_scale_is_no_rating(reply, rating):
+    row = {"type": "other", "own": {}}
+    assert MMHAL.score(row, "", [reply])["rating"] == rating
+
+
 HALLUSION_SAID = ["Yes.", "No.", "Yes.", "Yes.", "I do not know.", "Yes", "Yes", "Maybe."]
 
 
@@ -392,6 +410,8 @@ def test_the_judge_is_asked_again_where_that_may_help():
     with serve([503, 429, {"choices": []}, "at last"], retry_after="0") as (url, seen):
         assert Judge(url, "m", wait_s=0.01)("Hello") == "at last"
     assert len(seen) == 4
+    with serve([b'{"choices": [', "whole"]) as (url, seen):  # the connection is cut
+        assert Judge(url, "m", wait_s=0.01)("Hello") == "whole"
     with serve([401, "never"]) as (url, seen), pytest.raises(ValueError, match=r"refuses: HTTP 401: .*status 401"):
         Judge(url, "m", wait_s=0.01)("Hello")
     assert len(seen) == 1
@@ -401,6 +421,28 @@ def test_the_judge_is_asked_again_where_that_may_help():
         Judge(url, "m", tries=2, wait_s=0.01)("Hello")  # nobody listens there any more
     with pytest.raises(ValueError, match="looks like http"):
         Judge("localhost:8000", "m")
+
+
+def test_replies_on_their_way_are_saved_where_another_request_is_refused(monkeypatch):
+    refused, saved = threading.Event(), []
+
+    def reply(self, body):
+        prompt = json.loads(body)["messages"][0]["content"]
+        if prompt == "refused":
+            refused.set()
+            raise urllib.error.HTTPError("http://h", 401, "no more", Message(), io.BytesIO())
+        refused.wait(10)
+        time.sleep(0.3)  # the other's failure is known by now
+        if prompt == "late":
+            return json.dumps({"choices": [{"message": {"content": "said"}}]}).encode()
+        raise OSError("cut")  # would be asked again for half a minute
+
+    monkeypatch.setattr(Judge, "_post", reply)
+    judge, start = Judge("http://h/v1", "m", wait_s=10), time.monotonic()
+    prompts = ["late", "refused", "cut", "never asked"]
+    with pytest.raises(ValueError, match="no more"):
+        suite_run._ask(judge, prompts, 3, {}, saved.append, lambda *_: None)
+    assert [line["reply"] for line in saved] == ["said"] and time.monotonic() - start < 5
 
 
 def test_waits_grow_and_are_told_by_the_server(monkeypatch):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -35,22 +37,31 @@ class Judge:
         if urlsplit(self.url).scheme not in ("http", "https"):
             raise ValueError(f"--judge {self.url} is no address; it looks like http://localhost:8000/v1")
 
-    def __call__(self, prompt: str) -> str:
-        """The reply to one prompt. ValueError where the endpoint refuses, or does not answer in `tries` tries."""
+    def __call__(self, prompt: str, stop: threading.Event | None = None) -> str:
+        """The reply to one prompt. ValueError where the endpoint refuses, or does not answer in `tries` tries.
+
+        stop: once it is set, no further try is made.
+        """
         body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
         problem, wait = "", self.wait_s
         for attempt in range(self.tries):
-            if attempt:
+            if attempt and stop is None:
                 time.sleep(wait)
+            elif attempt and stop is not None and stop.wait(wait):
+                break
             wait = min(60.0, self.wait_s * 2**attempt)
             try:
                 return _text(self._post(json.dumps(body).encode()))
             except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}: {error.read()[:300].decode(errors='replace').strip() or error.reason}"
+                problem = f"HTTP {error.code}: {_message(error) or error.reason}"
                 if error.code < 500 and error.code not in WORTH_A_RETRY:
                     raise ValueError(f"the judge {self.model} at {self.url} refuses: {problem}") from error
                 wait = _retry_after(error.headers.get("Retry-After")) or wait
-            except (OSError, ValueError) as error:  # no connection, a timeout, or a reply that is none
+            except (
+                OSError,
+                ValueError,
+                http.client.HTTPException,
+            ) as error:  # no connection, a timeout, half a reply, or none
                 problem = str(getattr(error, "reason", error)) or type(error).__name__
         raise ValueError(
             f"the judge {self.model} at {self.url} did not answer in {self.tries} tries ({problem}); what it said "
@@ -64,6 +75,13 @@ class Judge:
         opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
         with opener.open(request, timeout=self.timeout_s) as response:
             return response.read()
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    try:
+        return error.read()[:300].decode(errors="replace").strip()
+    except (OSError, http.client.HTTPException):
+        return ""
 
 
 def _text(body: bytes) -> str:

@@ -12,7 +12,8 @@ from aspo.suite.benchmark import Benchmark, Item, Row, Source, read_rows
 from aspo.suite.figures import MMHAL_TYPES
 
 COLUMNS = ("question_type", "question_topic", "image_id", "image_src", "image_content", "question", "gt_answer")
-RATING = re.compile(r"rating\W{0,6}(\d+)", flags=re.IGNORECASE)
+SCALE = r"0\s*(?:-|–|to)\s*6"  # a reply may name it: "Rating (0-6): 4"
+RATING = re.compile(rf"rating\W{{0,6}}(?:{SCALE}\W{{0,6}})?(\d+)(?!\d|\s*(?:-|–|to)\s*\d)", flags=re.IGNORECASE)
 HALLUCINATED_BELOW = 3  # the original's border
 RUBRIC = """\
 You rate a model's answer to a question about an image that you cannot see. What is known: a list of things in the \

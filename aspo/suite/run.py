@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -164,19 +165,30 @@ def _ask(
     save: Callable[[Mapping[str, Any]], None],
     progress: Callable[[str, int, int], None],
 ) -> dict[str, str]:
-    """Prompt -> reply, `workers` requests at a time. A request that fails for good ends the others that wait."""
+    """Prompt -> reply, `workers` requests at a time.
+
+    A request that fails for good, or Ctrl-C, ends those that wait; replies on their way are still saved.
+    """
     distinct = list(dict.fromkeys(prompts))
     replies = {p: kept[_prompt_key(judge, p)]["reply"] for p in distinct if _prompt_key(judge, p) in kept}
+    stop = threading.Event()
+
+    def keep(prompt: str, reply: str) -> None:
+        replies[prompt] = reply
+        save({"key": _prompt_key(judge, prompt), "reply": reply})
+        progress("judged", len(replies), len(distinct))
+
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        waiting = {pool.submit(judge, prompt): prompt for prompt in distinct if prompt not in replies}
+        waiting = {pool.submit(judge, prompt, stop): prompt for prompt in distinct if prompt not in replies}
         try:
             for future in as_completed(waiting):
-                prompt = waiting[future]
-                replies[prompt] = future.result()
-                save({"key": _prompt_key(judge, prompt), "reply": replies[prompt]})
-                progress("judged", len(replies), len(distinct))
+                keep(waiting[future], future.result())
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            for future, prompt in waiting.items():
+                if prompt not in replies and not future.cancelled() and future.exception() is None:
+                    keep(prompt, future.result())
             raise
     return replies
 
