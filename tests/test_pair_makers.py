@@ -120,6 +120,14 @@ def test_the_first_sentence_of_what_was_generated(text, ended, expected):
     assert (sentence.text, sentence.complete, sentence.ends) == expected
 
 
+def test_sentences_that_are_cut_off_or_say_image_are_no_candidates():
+    asked = [("A cat.", True, False), ("A <image> cat.", True, False), ("A", False, False), ("A cat.", True, True)]
+    assert [(s.text, s.ends) for s in steps.distinct([steps.NextSentence(*a) for a in asked])] == [
+        ("A cat.", False),
+        ("A cat.", True),
+    ]
+
+
 class _Pieces:
     """Decodes as SentencePiece does: the first piece's space is lost."""
 
@@ -223,6 +231,7 @@ def test_povid_errors(tmp_path):
         (
             ({"rejected": "Yes."}, "row 0 .id 'a'. has a rejected response but no chosen one"),
             ({"chosen": " ", "rejected": "Yes."}, "column 'chosen': it is empty"),
+            ({"negative_images": row["images"]}, "column 'negative_images': povid's tokens are not read beside them"),
             ({"images": []}, "none of the 1 rows of .* has an image; --method povid needs them"),
         )
     ):

@@ -109,10 +109,20 @@ def test_seeds_come_from_seed_row_and_image():
         (("A cat.", True), ("", True), "empty"),
         (("A cat.", True), ("A dog", False), "unfinished"),
         (("A cat", False), ("A dog.", True), "unfinished"),
+        (("A <image> cat.", True), ("A dog.", True), "image mark"),
+        (("A cat.", True), ("<image>", True), "image mark"),
     ],
 )
 def test_verdicts(clean, noised, verdict):
     assert judge(*(Answer(text, 3, finished) for text, finished in (clean, noised))) == verdict
+
+
+def test_answers_that_say_image_would_make_rows_that_training_refuses():
+    row = {"id": "a", "prompt": PROMPT, "images": [tiny_image("red")], "chosen": "A <image> cat.", "rejected": "A dog."}
+    with pytest.raises(ValueError, match="column 'chosen': it holds '<image>'"):
+        validate_rows([row])
+    own, made = Answer(row["chosen"], 0, True), Answer("A dog.", 3, True)
+    assert judge(own, made) == "made"  # povid's rows may have answers that show images
 
 
 def colour_rows():

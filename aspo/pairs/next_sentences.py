@@ -18,6 +18,7 @@ from aspo.pairs import Load, Options, Row
 from aspo.prompts import named
 from aspo.scorers import Scorer
 from aspo.sentences import Splitter, split_sentences
+from aspo.validate import IMAGE_PLACEHOLDER
 from aspo_kernels.segments import segment_sum
 
 OPTIONS = {  # of both methods
@@ -55,8 +56,10 @@ class Sampler(Protocol):
     def candidates(
         self, rows: Sequence[Row], beginnings: Sequence[str], count: int, seed: int
     ) -> list[list[Candidate]]:
-        """`count` samples or fewer behind each row's beginning: texts that were cut off are left out, of equal ones the
-        first is kept."""
+        """`count` samples or fewer behind each row's beginning.
+
+        Texts that were cut off, or say "<image>", are left out; of equal ones the first is kept.
+        """
 
 
 def check(rows: Sequence[Row], options: Options) -> None:
@@ -88,10 +91,10 @@ def step_seed(seed: int, start: int, step: int) -> int:
 
 
 def distinct(sentences: Sequence[NextSentence]) -> list[NextSentence]:
-    """Those that are complete, each text once with an end behind it and once without."""
+    """Those that are complete and hold no image mark, each text once with an end behind it and once without."""
     found: dict[tuple[str, bool], NextSentence] = {}
     for sentence in sentences:
-        if sentence.complete:
+        if sentence.complete and IMAGE_PLACEHOLDER not in sentence.text:
             found.setdefault((sentence.text.strip(), sentence.ends), sentence)
     return [*found.values()]
 

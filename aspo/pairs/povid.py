@@ -22,7 +22,7 @@ from aspo.generation import Answer, generate_answers
 from aspo.model import HeadParams, inference, output_head, trunk_hidden
 from aspo.pairs import MADE, Load, Made, Make, Options, Row, seva
 from aspo.pairs.noise import add_noise, copies_of_a_still, image_seeds
-from aspo.validate import named_column, response_text
+from aspo.validate import bad_row, named_column, response_text
 from aspo_kernels import gather_hidden
 
 OPTIONS = dict(seva.OPTIONS)
@@ -32,8 +32,10 @@ CHUNK_ELEMENTS = 2**25  # logits held at a time, 128 MiB of fp32
 
 
 def check(rows: Sequence[Row], options: Options) -> None:
-    """A rejected response needs the chosen one that it belongs to."""
+    """A rejected response needs the chosen one that it belongs to; other tokens and other images do not go together."""
     for index, row in enumerate(rows):
+        if row.get("negative_images"):
+            raise bad_row(index, row, "negative_images", "povid's tokens are not read beside them: drop the column")
         if row.get("rejected") is not None and row.get("chosen") is None:
             raise ValueError(f"row {index} (id {row['id']!r}) has a rejected response but no chosen one: give both")
         for column in ("chosen", "rejected"):

@@ -13,6 +13,7 @@ from aspo.folder import image_entries
 from aspo.generation import Answer, generate_answers
 from aspo.pairs import MADE, Load, Made, Make, Options, Row, kept_columns
 from aspo.pairs.noise import add_noise, copies_of_a_still, image_seeds
+from aspo.validate import IMAGE_PLACEHOLDER
 
 OPTIONS = {
     "model": None,
@@ -28,6 +29,7 @@ NOUNS = ("pairs", "prompts")
 DROPPED = {
     "identical": "both answers are the same",
     "empty": "an answer is empty",
+    "image mark": f"an answer says {IMAGE_PLACEHOLDER}, which would stand for one more image",
     "unfinished": "an answer did not end within --max-new-tokens",
     "no image": "the prompt has no image",
 }
@@ -87,6 +89,8 @@ def judge(clean: Answer, noised: Answer) -> str:
         return "empty"
     if clean.text.strip() == noised.text.strip():
         return "identical"
+    if any(answer.num_tokens and IMAGE_PLACEHOLDER in answer.text for answer in (clean, noised)):
+        return "image mark"  # an answer of no tokens is a row's own: it may show images
     return MADE if clean.finished and noised.finished else "unfinished"
 
 
