@@ -121,6 +121,8 @@ def test_the_words_of_coco():
     )
     assert words.named("Women, a passenger and a baby") == ["person"] * 3
     assert words.named("a passenger train, an adult bear, baby bears, pandas") == ["train", "bear", "bear", "bear"]
+    assert words.named("Train tracks, a train track; trains on tracks") == ["train"]
+    assert words.named("Women with manes under skies") == ["person"]
     assert words.named("Three knives, two mice, women. Seats.") == ["knife", "mouse", "person"]
 
 
@@ -153,10 +155,24 @@ def test_amber(tmp_path, monkeypatch):
 
 
 def test_amber_s_words():
-    words = Associations({"sky": [], "can": [], "leave": [], "ship": ["boat"], "bus": [], "child": []}, [])
+    words = Associations(
+        {
+            "sky": [],
+            "can": [],
+            "leave": [],
+            "ship": ["boat"],
+            "bus": [],
+            "child": [],
+            "man": [],
+            "ski": [],
+            "glass": [],
+        },
+        [],
+    )
     assert words.nouns("It can leave. Two cans. A can, the leaves; buses and children. CAN") == [
         *("can", "can", "leave", "bus", "child"),
     ]
+    assert words.nouns("Manes under blue skies, men on skis, buses, glasses") == ["sky", "man", "ski", "bus", "glass"]
     assert words.owner("boat", ["sky", "ship", "ship"]) == 1 and words.owner("sky", ["ship"]) is None
 
 

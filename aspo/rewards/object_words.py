@@ -26,6 +26,8 @@ IRREGULAR_PLURALS = {
     **{"mice": "mouse", "geese": "goose", "oxen": "ox"},
 }
 """Plurals that no ending makes, of words that name objects."""
+ES_BEHIND = ("s", "x", "z", "ch", "sh", "o")
+"""What -es makes a plural behind; behind other letters it makes another word (man and manes, ski and skies)."""
 
 _WORD = re.compile(r"[^\W\d_]+")
 Row = Mapping[str, Any]
@@ -126,8 +128,8 @@ class ObjectVocabulary:
 def _plurals(name: str) -> list[str]:
     before, space, last = name.rpartition(" ")
     irregular = [before + space + plural for plural, singular in IRREGULAR_PLURALS.items() if singular == last]
-    endings = [name + "s", name + "es"] + ([name[:-1] + "ies"] if name.endswith("y") else [])
-    return irregular + endings
+    endings = [name + "s"] + ([name + "es"] if name.endswith(ES_BEHIND) else [])
+    return [*irregular, *endings, *([name[:-1] + "ies"] if name.endswith("y") else [])]
 
 
 def _fold(text: str) -> tuple[str, list[int]]:

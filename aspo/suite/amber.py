@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from aspo.evaluation.metrics import Counts, yes_no
-from aspo.rewards.object_words import IRREGULAR_PLURALS
+from aspo.rewards.object_words import ES_BEHIND, IRREGULAR_PLURALS
 from aspo.suite.benchmark import Benchmark, Item, Row, Source, need, read_json, read_rows
 
 KINDS = {
@@ -51,7 +51,7 @@ def _singulars(word: str) -> list[str]:
     forms = [word, IRREGULAR_PLURALS.get(word, word)]
     if word.endswith("ies"):
         forms.append(word[:-3] + "y")
-    if word.endswith("es"):
+    if word.endswith("es") and word[:-2].endswith(ES_BEHIND):
         forms.append(word[:-2])
     return [*forms, word[:-1]] if word.endswith("s") and not word.endswith("ss") else forms
 

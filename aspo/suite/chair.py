@@ -14,8 +14,10 @@ from aspo.suite.benchmark import Benchmark, Item, Row, Source, need, read_json
 PROMPT = "Please describe this image in detail."
 ANIMALS = "bird|cat|dog|horse|sheep|cow|elephant|bear|zebra|giraffe|animal|cub"
 # The original's rules beside its synonyms, where they change anything: "baby bird" and "passenger jet" name no person,
-# and where a toilet is named a seat is no chair.
-QUALIFIED = re.compile(rf"\b(?:(?:baby|adult)\s+(?=(?:{ANIMALS})(?:s|es)?\b)|passenger\s+(?=(?:jet|train)s?\b))")
+# "train track" no train, and where a toilet is named a seat is no chair.
+QUALIFIED = re.compile(
+    rf"\b(?:(?:baby|adult)\s+(?=(?:{ANIMALS})s?\b)|passenger\s+(?=(?:jet|train)s?\b)|train\s+(?=tracks?\b))"
+)
 
 
 class CocoObjects:
