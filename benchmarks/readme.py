@@ -7,11 +7,13 @@ python -m benchmarks.readme --check    fail if they do not say what the results 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from aspo.compare.plan import START
 from aspo.compare.statistics import Interval
 from aspo.compare.table import show
 from aspo.evaluation.metrics import BY_NAME
@@ -128,11 +130,15 @@ def demo_table(path: Path = DEMO) -> str:
     return "\n".join([*(" ".join(row.split()) for row in rows), "", *rest])
 
 
-def evidence_table(path: Path = EVIDENCE) -> str:
-    """Systems side by side on the test scenes: the figures that speak for each, and what was expected of it."""
+def evidence_table(path: Path = EVIDENCE, declared_only: bool = True) -> str:
+    """Systems side by side on the test scenes: the figures that speak for each, and what was expected of it.
+
+    declared_only: those of the comparisons that were declared beforehand, and the start model.
+    """
     record = json.loads(path.read_text())
     baseline = next(name for name in record["systems"] if name not in record["differences"])
     verdicts = {(v["comparison"]["system"], v["comparison"]["against"]): v for v in record["verdicts"]}
+    named = {START, *itertools.chain(*verdicts)} if declared_only else record["systems"]
 
     def shown(figure: str, estimate: dict[str, float], signed: bool = False) -> str:
         return show(Interval(**estimate), BY_NAME[figure], signed)
@@ -142,7 +148,7 @@ def evidence_table(path: Path = EVIDENCE) -> str:
     head += [f"{BY_NAME[name].label} (%)" for name in others]
     head += ["KL to start, nats", "form kept, seeds"]
     out = ["| " + " | ".join(head) + " |", "|---|---:|---:|---|---|" + "---:|" * (len(EVIDENCE_FIGURES) + 1)]
-    for name in sorted(record["systems"], key=lambda name: -record["systems"][name][primary]["value"]):
+    for name in sorted(named, key=lambda name: -record["systems"][name][primary]["value"]):
         by, other, told = record["systems"][name], record["differences"].get(name), verdicts.get((name, baseline))
         cells = [
             shown(primary, by[primary]),
@@ -158,9 +164,9 @@ def evidence_table(path: Path = EVIDENCE) -> str:
 
 
 def evidence_page(path: Path = EVIDENCE) -> str:
-    """The table.md that `aspo compare` wrote, its headings one deeper."""
-    lines = path.with_suffix(".md").read_text().splitlines()
-    return "\n".join("#" + line if line.startswith("##") else line for line in lines)
+    """What was declared beforehand, from the table.md that `aspo compare` wrote, and all systems."""
+    head, declared = path.with_suffix(".md").read_text().split("\n## All systems\n")[0].split("\n## ", 1)
+    return f"{head}\n### {declared}\n### All systems\n\n{evidence_table(path, declared_only=False)}"
 
 
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {

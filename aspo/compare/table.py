@@ -47,8 +47,8 @@ def markdown(outcome: Outcome) -> str:
     lines += ["Settings by system:", ""] if any(outcome.settings.values()) else []
     for name, settings in outcome.settings.items():
         if settings:
-            told = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in settings.items())
-            lines.append(f"- {name}: {told}")
+            told = ((key.rpartition(".")[2], f"{v:g}" if isinstance(v, float) else v) for key, v in settings.items())
+            lines.append(f"- {name}: {', '.join(f'{key} {value}' for key, value in told)}")
     lines += ["", *(f"**Failed: {line}**" for line in outcome.failed)]
     if outcome.codes > 1:
         lines.append(f"**Made by {outcome.codes} states of the code** (`code` in each result.json tells which).")
