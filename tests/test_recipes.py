@@ -330,6 +330,8 @@ def test_the_command_checks_before_it_runs(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "out" / "recipe.json").read_text())["model"] == "world"
     commands.fail = {"train": 130}
     assert recipes.run(_arguments(*given[:-1], tmp_path / "again", "--variant", "a")) == 130
+    assert recipes.run(_arguments(*given, "--variant", "a", "--set", "pairs.limit=7")) == 130
+    assert json.loads((tmp_path / "out" / "recipe.json").read_text())["final"]["options"]["alpha"] == 0.25
     with pytest.raises(ValueError, match="names no model"):
         recipes.run(_arguments(_write(tmp_path, model=None), "--data", "x", "--out", tmp_path / "out"))
     with pytest.raises(ValueError, match="has no variants"):

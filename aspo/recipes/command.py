@@ -185,12 +185,13 @@ def run(args: argparse.Namespace) -> int:
         for line in [*plan, arguments(recipe.final, model, rows, args.out / "model", args.seed, args.data)]:
             print(f"$ aspo {shlex.join(line)}")
         return 0
-    write_json(args.out / "recipe.json", {**asdict(recipe), "model": model, "rows": args.data, "seed": args.seed})
     try:
         folder = run_recipe(recipe, model, args.data, args.out, cache, args.seed)
     except StepFailed as failed:
         print(failed, file=sys.stderr)
         return failed.status
+    # Last, so that it is always what made the result that is there.
+    write_json(args.out / "recipe.json", {**asdict(recipe), "model": model, "rows": args.data, "seed": args.seed})
     print(f"{recipe.name}: done, in {folder}")
     return 0
 
