@@ -57,11 +57,8 @@ class Judge:
                 if error.code < 500 and error.code not in WORTH_A_RETRY:
                     raise ValueError(f"the judge {self.model} at {self.url} refuses: {problem}") from error
                 wait = _retry_after(error.headers.get("Retry-After")) or wait
-            except (
-                OSError,
-                ValueError,
-                http.client.HTTPException,
-            ) as error:  # no connection, a timeout, half a reply, or none
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                # no connection, a timeout, half a reply, or none
                 problem = str(getattr(error, "reason", error)) or type(error).__name__
         raise ValueError(
             f"the judge {self.model} at {self.url} did not answer in {self.tries} tries ({problem}); what it said "
