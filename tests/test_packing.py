@@ -264,6 +264,7 @@ def trainer(folder, rows, callbacks=(), **options):
     }
     held = rows[:7] if isinstance(rows, list) else None
     made = Recorder(Model(), Arguments(**{**defaults, **options}), Rows(), rows, held, callbacks=list(callbacks))
+    made.model_accepts_loss_kwargs = True  # before loss_is_scaled_for_ga, Trainer asked this
     made.seen, made.evaluated = [], []
     return made
 
