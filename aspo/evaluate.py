@@ -25,6 +25,7 @@ from aspo.evaluation.metrics import YES_NO_SPLITS, ObjectVocabulary
 from aspo.evaluation.statistics import compare, markdown
 from aspo.folder import append_line, read_lines
 from aspo.model import check_model, load_model
+from aspo.resume import nan_to_null
 from aspo.rows import load_rows, validate_rows
 from aspo.suite import command as suite
 from aspo.validate import bad_row, named_column, short_repr
@@ -264,8 +265,7 @@ def _finished(out: Path, partial: Path) -> dict[str, Item]:
 
 def _write(out: Path, result: Mapping[str, Any], items: Sequence[Item]) -> None:
     """The result, one item a line, written whole or not at all; NaN becomes null."""
-    clean = json.loads(json.dumps(result), parse_constant=lambda _: None)
-    head = json.dumps(clean, indent=1)[:-2]
+    head = json.dumps(nan_to_null(result), indent=1)[:-2]
     body = ",\n".join(json.dumps(item) for item in items)
     temporary = out.with_name(out.name + ".tmp")
     temporary.write_text(f'{head},\n "items": [\n{body}\n]}}\n', encoding="utf-8")

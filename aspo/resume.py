@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +22,11 @@ from aspo.atomic import write_atomic
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON so that a reader, or a kill, never sees half a file."""
     write_atomic(Path(path), [json.dumps(value, indent=1, default=str).encode() + b"\n"])
+
+
+def nan_to_null(value: Any, default: Callable[[Any], Any] | None = None) -> Any:
+    """A value as JSON has it, with None for NaN and infinities, which it has no form for. default: as json.dumps'."""
+    return json.loads(json.dumps(value, default=default), parse_constant=lambda _: None)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: tuple[str, ...]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ from aspo.compare.outcome import EXTRA, Outcome
 from aspo.compare.plan import Run
 from aspo.compare.statistics import Interval
 from aspo.compare.table import markdown
-from aspo.resume import write_json
+from aspo.resume import nan_to_null, write_json
 
 RECORD = (  # of an outcome, in table.json
     "seeds",
@@ -43,8 +42,7 @@ def write_all(outcome: Outcome, out: Path, curves: Mapping[str, Sequence[Run]]) 
     if curves:
         plot_rewards(curves, out / "rewards.svg")
     record = {name: getattr(outcome, name) for name in RECORD}
-    whole = json.dumps(record, default=asdict)
-    write_json(out / "table.json", json.loads(whole, parse_constant=lambda _: None))
+    write_json(out / "table.json", nan_to_null(record, asdict))
     (out / "table.md").write_text(markdown(outcome), encoding="utf-8")
 
 

@@ -26,7 +26,7 @@ import yaml
 from aspo.compare.plan import START, Declared, System
 from aspo.evaluation.metrics import BY_NAME
 from aspo.recipes.recipe import Recipe
-from aspo.resume import write_json
+from aspo.resume import nan_to_null, write_json
 from aspo_kernels import objectives
 
 KL_TOLERANCE = 0.15  # of the divergence that a matched system is to have; its own standard error is about that
@@ -228,8 +228,7 @@ def _write(
                 f"{'' if result is not picks[name][0] else 'chosen, at the edge' if name in edge else 'chosen'} |"
             )
     (out / "grid.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    whole = json.dumps({"start": start, "runs": by_system})
-    write_json(out / "grid.json", json.loads(whole, parse_constant=lambda _: None))  # NaN -> null
+    write_json(out / "grid.json", nan_to_null({"start": start, "runs": by_system}))
     path = out / "chosen.yaml"
     where = f"{start['scenes']} scenes of {declared.validation.data}"
     head = f"# Chosen by `aspo compare --grid` on {where}, by the rule of docs/evidence.md\n"

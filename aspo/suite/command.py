@@ -15,7 +15,7 @@ from typing import Any
 from aspo.evaluation.statistics import compare, markdown
 from aspo.folder import append_line, read_lines
 from aspo.model import load_model
-from aspo.resume import write_json
+from aspo.resume import nan_to_null, write_json
 from aspo.scores import progress_bar
 from aspo.suite import harness
 from aspo.suite.amber import AMBER, AMBER_D, AMBER_G
@@ -179,7 +179,7 @@ def _finish(args: argparse.Namespace, head: Mapping[str, Any], items: Sequence[I
         "intervals": {name: [estimate.low, estimate.high] for name, estimate in estimates.items()},
         "items": list(items),
     }
-    write_json(args.out, json.loads(json.dumps(result), parse_constant=lambda _: None))  # NaN -> null
+    write_json(args.out, nan_to_null(result))
     if partial is not None:
         partial.unlink(missing_ok=True)
     print(markdown(comparison))
